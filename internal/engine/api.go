@@ -136,6 +136,12 @@ type Attachment struct {
 	close    func()
 }
 
+// NewAttachment returns an attachment made of its parts: stdin may be nil; copy and release are
+// what Copy and Close do. Besides the engine, tests of dialects use it for fakes.
+func NewAttachment(stdin io.WriteCloser, terminal bool, copy func(ctx context.Context, stdout, stderr io.Writer) error, release func()) *Attachment {
+	return &Attachment{Stdin: stdin, Terminal: terminal, copy: copy, close: release}
+}
+
 // Copy writes output until the process has ended and all of it was written (nil), a writer
 // failed, or ctx ended. Call it once. A nil writer discards.
 func (a *Attachment) Copy(ctx context.Context, stdout, stderr io.Writer) error {

@@ -84,3 +84,6 @@ func FromName(name, msg string) error {
 	}
 	return errors.New(msg)
 }
+
+// Wrap puts a prefix before err's text and keeps its chain.
+func Wrap(prefix string, err error) error { return fmt.Errorf("%s: %w", prefix, err) }

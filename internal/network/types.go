@@ -6,6 +6,7 @@
 package network
 
 import (
+	"encoding/json"
 	"net/netip"
 	"time"
 )
@@ -60,13 +61,16 @@ type AttachRequest struct {
 
 // Endpoint is a sandbox's place on a network.
 type Endpoint struct {
-	Sandbox   string
-	NetworkID string
-	Interface string       // inside the namespace
-	Address   netip.Prefix // with the subnet's length
-	Gateway   netip.Addr
-	MAC       string
-	Aliases   []string
+	Sandbox      string
+	NetworkID    string
+	NetNS        string       // path of the network namespace it was attached to
+	Interface    string       // inside the namespace
+	Peer         string       // the other end, a port of the network's bridge
+	Address      netip.Prefix // with the subnet's length
+	Gateway      netip.Addr
+	DefaultRoute bool // the namespace's default route goes through this endpoint
+	MAC          string
+	Aliases      []string
 }
 
 // Port is one published port.
@@ -86,4 +90,23 @@ type Sockets interface {
 	Take(key string) ([]int, error)
 	// Drop forgets key.
 	Drop(key string) error
+}
+
+// Store keeps records across restarts of the daemon; state.Journal is one. Put must not wait
+// for the disk: what a power cut loses, the next Restore cleans up.
+type Store interface {
+	Put(kind, key string, v any) error
+	Delete(kind, key string) error
+	Each(kind string, f func(key string, raw json.RawMessage) error) error
+}
+
+// NS says which namespaces a sandbox has of its own; the others are the node's.
+type NS struct {
+	Net, IPC, UTS bool
+}
+
+// Counters are one interface's, in bytes and packets since it was made.
+type Counters struct {
+	RxBytes, RxPackets, RxErrors, RxDropped uint64
+	TxBytes, TxPackets, TxErrors, TxDropped uint64
 }

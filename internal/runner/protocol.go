@@ -79,6 +79,7 @@ type Status struct {
 type Event struct {
 	Kind EventKind
 	ID   string // of the process
+	PID  int    // with EventExit: tells one run of a container from the next
 	Exit Exit   // with EventExit
 }
 
@@ -97,3 +98,25 @@ type Info struct {
 	Version   string
 	Processes int
 }
+
+// KillRequest sends a signal to a process, or with All to every process of its container.
+type KillRequest struct {
+	ID     string
+	Signal int
+	All    bool
+}
+
+// ResizeRequest sets the size of a process's terminal, in characters.
+type ResizeRequest struct {
+	ID            string
+	Height, Width uint16
+}
+
+// UpdateRequest changes a running container's limits; what is not set stays as it is.
+type UpdateRequest struct {
+	ID        string
+	Resources *specs.LinuxResources
+}
+
+// IDRequest is the request of all operations that need nothing but a process.
+type IDRequest struct{ ID string }

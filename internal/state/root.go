@@ -72,8 +72,11 @@ func (r Root) Socket(name string) string { return filepath.Join(r.Run, name+".so
 // Containers holds a directory per container: its writable layer, logs, spool, hosts files.
 func (r Root) Containers() string { return filepath.Join(r.State, "containers") }
 
-// Container is the state directory of one container (also of a sandbox).
+// Container is the state directory of one container.
 func (r Root) Container(id string) string { return filepath.Join(r.Containers(), id) }
+
+// Sandbox is the state directory of one sandbox: hosts, hostname, resolv.conf.
+func (r Root) Sandbox(id string) string { return filepath.Join(r.State, "sandboxes", id) }
 
 // Bundle is the directory with config.json of one container or sandbox, lost at reboot.
 func (r Root) Bundle(id string) string { return filepath.Join(r.Run, "bundles", id) }

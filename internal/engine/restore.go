@@ -1,0 +1,300 @@
+package engine
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"berth/internal/errdefs"
+	"berth/internal/runner"
+)
+
+// bootMarker is in the run directory while the instance has not been through a reboot: the
+// directory is lost with one, and `berth down` removes the file.
+const bootMarker = "up"
+
+// restore brings what outlived the last daemon, or did not outlive a reboot, in line with the
+// records, before any request is served: networks first, because ports and names depend on them.
+//
+// It holds no locks: nothing else runs yet.
+func (e *Engine) restore(ctx context.Context, list []runner.Status) error {
+	alive := map[string]bool{}
+	for _, st := range list {
+		if st.State != runner.Stopped {
+			alive[st.Container] = true
+		}
+	}
+	// A sandbox is live when something in it runs or it exists by itself and its namespaces do.
+	live := map[string]bool{}
+	for id, b := range e.sandboxes {
+		used := false
+		for _, c := range e.containers {
+			used = used || c.Config.Sandbox == id && (alive[c.Config.ID] || c.State.Status == StatusRestarting && !e.rebooted())
+		}
+		if b.State.Ready && e.namespacesExist(id) && (used || e.containers[id] == nil) {
+			live[id] = true
+		}
+	}
+	if err := e.Networks.Restore(ctx, live); err != nil {
+		return err
+	}
+	for id, b := range e.sandboxes {
+		if !live[id] {
+			if b.State.Ready {
+				if err := e.unreadyLocked(ctx, b); err != nil {
+					e.log.Warn("sandbox of another time not cleaned", "sandbox", id, "error", err)
+				}
+			}
+			continue
+		}
+		if e.usesResolver(b.State.Endpoints) {
+			if err := e.Resolvers.Serve(id, b.State.NetNS); err != nil {
+				e.log.Warn("names are not answered in a sandbox", "sandbox", id, "error", err)
+			}
+		}
+	}
+	return e.removeStrays()
+}
+
+func (e *Engine) namespacesExist(id string) bool {
+	b := e.sandboxes[id]
+	for _, n := range []struct {
+		name string
+		want bool
+	}{{"net", b.Config.Network != NetworkHost}, {"ipc", !b.Config.HostIPC}, {"uts", !b.Config.HostUTS}} {
+		p := filepath.Join(e.Root.Namespaces(id), n.name)
+		if n.want && !mounted(p, filepath.Dir(p)) {
+			return false
+		}
+	}
+	return true
+}
+
+// removeStrays deletes directories of containers and sandboxes that have no record: a creation
+// or removal was cut.
+func (e *Engine) removeStrays() error {
+	sweep := func(dir string, known func(id string) bool, unmount func(id string) error) error {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !os.IsNotExist(err) {
+			return err
+		}
+		for _, d := range entries {
+			if known(d.Name()) || strings.HasPrefix(d.Name(), ".") {
+				continue
+			}
+			if unmount != nil {
+				if err := unmount(d.Name()); err != nil {
+					return err
+				}
+			}
+			if err := os.RemoveAll(filepath.Join(dir, d.Name())); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	isContainer := func(id string) bool { return e.containers[id] != nil }
+	isSandbox := func(id string) bool { return e.sandboxes[id] != nil }
+	if err := sweep(e.Root.Containers(), isContainer, e.unmountRootfs); err != nil {
+		return err
+	}
+	if err := sweep(filepath.Join(e.Root.Run, "bundles"), isContainer, nil); err != nil {
+		return err
+	}
+	return sweep(filepath.Dir(e.Root.Sandbox("x")), isSandbox, nil)
+}
+
+func (e *Engine) rebooted() bool {
+	_, err := os.Stat(filepath.Join(e.Root.Run, bootMarker))
+	return err != nil
+}
+
+// reconcile compares every container with what the runner says. It runs at each connection: the
+// same path serves start-up, adoption after the runner's death, and repair.
+func (e *Engine) reconcile(list []runner.Status, first bool) {
+	byID := map[string]runner.Status{}
+	for _, st := range list {
+		byID[st.ID] = st
+	}
+	boot := first && e.rebooted()
+	if first {
+		if err := os.WriteFile(filepath.Join(e.Root.Run, bootMarker), nil, 0o600); err != nil {
+			e.log.Warn("boot marker not written", "error", err)
+		}
+	}
+	slots := make(chan struct{}, parallelRestores)
+	var adopting sync.WaitGroup
+	e.mu.RLock()
+	for id, c := range e.containers {
+		st, found := byID[id]
+		delete(byID, id)
+		if found && st.State != runner.Stopped && first {
+			adopting.Add(1)
+			e.goWork(func(context.Context) { defer adopting.Done(); e.adopt(c, st) })
+			continue
+		}
+		e.goWork(func(ctx context.Context) {
+			select {
+			case slots <- struct{}{}:
+				defer func() { <-slots }()
+			case <-ctx.Done():
+				return
+			}
+			e.reconcileOne(ctx, c, st, found, first, boot)
+		})
+	}
+	for id, st := range byID {
+		x := e.execs[id]
+		switch {
+		case x != nil && st.State == runner.Stopped:
+			e.goWork(func(ctx context.Context) { e.execEnded(ctx, x, st.Exit) })
+		case x == nil && (e.containers[st.Container] == nil || st.State == runner.Stopped):
+			// Nobody's: an exec of an earlier daemon that ended, or a container whose record is gone.
+			e.goWork(func(ctx context.Context) {
+				if err := e.link.delete(ctx, id); err != nil {
+					e.log.Warn("stray process not removed", "process", id, "error", err)
+				}
+			})
+		}
+	}
+	for id, x := range e.execs {
+		if _, still := byID[id]; !still && !first && x.view().PID != 0 {
+			e.goWork(func(ctx context.Context) { e.execEnded(ctx, x, runner.Exit{Code: -1, At: time.Now()}) })
+		}
+	}
+	e.mu.RUnlock()
+	adopting.Wait()
+}
+
+// adopt takes over a container that runs, whatever its record says: a daemon may have died
+// between the start and its record.
+func (e *Engine) adopt(c *container, st runner.Status) {
+	c.mu.Lock()
+	status := StatusRunning
+	if st.State == runner.Paused {
+		status = StatusPaused
+	}
+	changed := c.State.Status != status || c.State.PID != st.PID
+	c.State.Status, c.State.PID = status, st.PID
+	if c.exited == nil {
+		c.exited = make(chan struct{})
+	}
+	if changed && c.State.StartedAt.Before(c.State.FinishedAt) || c.State.StartedAt.IsZero() {
+		c.State.StartedAt = time.Now()
+	}
+	c.attempts = c.State.RestartCount
+	var err error
+	if changed {
+		err = e.save(c)
+	}
+	c.mu.Unlock()
+	if err != nil {
+		e.log.Error("record of an adopted container not written", "container", c.Config.ID, "error", err)
+	}
+	c.out.beginRun()
+	c.out.grew(e)
+	e.startHealth(c)
+}
+
+// reconcileOne settles one container that the runner does not have running.
+func (e *Engine) reconcileOne(ctx context.Context, c *container, st runner.Status, found, first, boot bool) {
+	v := c.view()
+	ran := v.State.Status == StatusRunning || v.State.Status == StatusPaused
+	switch {
+	case v.State.Status == StatusRemoving:
+		if c.op.lock(ctx) == nil {
+			defer c.op.unlock()
+			if err := e.removeLocked(ctx, c, v.Config.AutoRemove); err != nil {
+				e.log.Warn("interrupted removal not finished", "container", v.Config.ID, "error", err)
+			}
+		}
+	case found && st.State == runner.Stopped && (ran || first):
+		if first {
+			e.adopt(c, runner.Status{Process: st.Process, State: runner.Running})
+		}
+		e.ended(ctx, c, st.PID, st.Exit)
+	case found && st.State != runner.Stopped:
+		c.out.grew(e) // output may have come while nobody told us
+	case ran && (first || !found):
+		// The runner knows nothing of it: the machine was restarted, or worse.
+		if first {
+			c.mu.Lock()
+			c.exited = make(chan struct{})
+			c.mu.Unlock()
+		}
+		e.ended(ctx, c, v.State.PID, runner.Exit{Code: -1, At: time.Now()})
+	case first && v.State.Status == StatusRestarting && !boot:
+		e.scheduleRestart(c, max(0, time.Until(v.State.NextRestart)))
+	case boot && startsAtBoot(v):
+		c.mu.Lock()
+		c.State.Status = StatusExited
+		c.mu.Unlock()
+		if err := e.StartContainer(ctx, v.Config.ID); err != nil {
+			e.log.Warn("container not started after a reboot", "container", v.Config.ID, "error", err)
+		}
+	case first && v.Config.AutoRemove && v.State.Status == StatusExited:
+		if err := e.RemoveContainer(ctx, v.Config.ID, RemoveOptions{Volumes: true}); err != nil {
+			e.log.Warn("container with automatic removal not removed", "container", v.Config.ID, "error", err)
+		}
+	}
+}
+
+// startsAtBoot is docker's rule for a container that did not run when the node went down.
+// One that did run is handled as an exit.
+func startsAtBoot(v Container) bool {
+	switch v.Config.Restart.Name {
+	case "always":
+		return v.State.Status != StatusCreated
+	case "unless-stopped":
+		return v.State.Status != StatusCreated && !v.State.StoppedByUser
+	case "on-failure":
+		return v.State.Status == StatusRestarting
+	}
+	return false
+}
+
+// Drain stops every container as the instance goes down; restart policies take them up again
+// when it comes back. Networks go too.
+func (e *Engine) Drain(ctx context.Context) error {
+	e.draining.Store(true)
+	if err := os.Remove(filepath.Join(e.Root.Run, bootMarker)); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	list := e.Containers()
+	errs := make(chan error, len(list))
+	for _, v := range list {
+		go func() {
+			c, err := e.find(v.Config.ID)
+			if err == nil {
+				err = e.stop(ctx, c, nil, "", "stop")
+			}
+			if errorIs(err, errdefs.ErrNotModified) || errorIs(err, errdefs.ErrNotFound) {
+				err = nil
+			}
+			errs <- err
+		}()
+	}
+	var first error
+	for range list {
+		if err := <-errs; err != nil && first == nil {
+			first = err
+		}
+	}
+	for _, b := range e.Sandboxes() {
+		if b.State.Ready {
+			if err := e.StopSandbox(ctx, b.Config.ID); err != nil && first == nil {
+				first = err
+			}
+		}
+	}
+	if first != nil {
+		return first
+	}
+	return e.Networks.Teardown(ctx)
+}
+
+// Undrain takes Drain back when going down failed and the instance stays.
+func (e *Engine) Undrain() { e.draining.Store(false) }

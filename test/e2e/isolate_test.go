@@ -1,0 +1,164 @@
+package e2e_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"berth/internal/state"
+	"berth/test/isolate"
+)
+
+// The test binary plays three roles. The parent (no role) is `go test`: it makes namespaces and
+// starts itself in them as their init, which starts itself once more to run one script.
+const (
+	roleVar   = "BERTH_E2E_ROLE"
+	scriptVar = "BERTH_E2E_SCRIPT"
+	rootVar   = "BERTH_E2E_ROOT"
+
+	timeoutVar = "BERTH_E2E_TIMEOUT"
+	verboseVar = "BERTH_E2E_VERBOSE"
+
+	roleInit   = "init"
+	roleScript = "script"
+)
+
+// Time limits of one script, and of cleaning up behind it.
+const (
+	scriptTimeout  = 4 * time.Minute
+	cleanupTimeout = 10 * time.Second
+)
+
+func TestMain(m *testing.M) {
+	switch os.Getenv(roleVar) {
+	case roleInit:
+		code, err := runInit()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "e2e init:", err)
+		}
+		os.Exit(code)
+	default:
+		os.Exit(m.Run())
+	}
+}
+
+// isolated runs one script in namespaces of its own and returns what it printed.
+func isolated(t *testing.T, script string) ([]byte, error) {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "be-") // short: socket paths are below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := state.NewRoot(filepath.Join(dir, "r"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Cleanup first. The init's death kills all processes and with them mounts and links go;
+	// cgroups and files are the host's.
+	t.Cleanup(func() {
+		for _, name := range append(instanceNames(dir), root.Name()) {
+			if err := isolate.RemoveCgroups(name, cleanupTimeout); err != nil {
+				t.Errorf("cgroups left: %v", err)
+			}
+		}
+		removeTree(t, dir)
+	})
+	limit := scriptTimeout
+	if own := ownTimeout(script); own > 0 {
+		limit = own
+	}
+	limit = patience(limit)
+	ctx, cancel := context.WithTimeout(context.Background(), limit+cleanupTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/proc/self/exe")
+	cmd.Env = append(os.Environ(), roleVar+"="+roleInit, scriptVar+"="+script, rootVar+"="+root.Arg, timeoutVar+"="+limit.String())
+	if testing.Verbose() {
+		cmd.Env = append(cmd.Env, verboseVar+"=1")
+	}
+	cmd.SysProcAttr = isolate.Attributes()
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.WaitDelay = cleanupTimeout
+	// Pdeathsig is of the thread that forks: it must live as long as the child.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	err = cmd.Run()
+	if ctx.Err() != nil {
+		err = fmt.Errorf("killed after %v: %w", limit, err)
+	}
+	return out.Bytes(), err
+}
+
+// ownTimeout reads "# timeout: 10m" from a script's first lines.
+func ownTimeout(script string) time.Duration {
+	text, err := os.ReadFile(script)
+	if err != nil {
+		return 0
+	}
+	for i, line := range strings.SplitN(string(text), "\n", 20) {
+		if value, ok := strings.CutPrefix(line, "# timeout: "); ok && i < 19 {
+			if d, err := time.ParseDuration(strings.TrimSpace(value)); err == nil {
+				return d
+			}
+		}
+	}
+	return 0
+}
+
+// runInit is process 1 of a script's namespaces: it prepares them, runs the script and reaps
+// what is orphaned. The kernel kills whatever is left when it exits.
+func runInit() (int, error) {
+	if err := isolate.Prepare(); err != nil {
+		return 1, err
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		return 1, err
+	}
+	env := []string{roleVar + "=" + roleScript}
+	for _, e := range os.Environ() {
+		if !strings.HasPrefix(e, roleVar+"=") {
+			env = append(env, e)
+		}
+	}
+	args := []string{exe, "-test.run=^TestOneScript$", "-test.count=1", "-test.timeout=" + os.Getenv(timeoutVar)}
+	if os.Getenv(verboseVar) != "" {
+		args = append(args, "-test.v")
+	}
+	return isolate.Run(exe, args, env)
+}
+
+// instanceNames returns the cgroup names of further instances that a script made below dir.
+func instanceNames(dir string) []string {
+	var names []string
+	for i := range 4 {
+		if root, err := state.NewRoot(filepath.Join(dir, "r"+strconv.Itoa(i))); err == nil {
+			names = append(names, root.Name())
+		}
+	}
+	return names
+}
+
+// removeTree removes a script's files; immutable leftovers are an error worth seeing.
+func removeTree(t *testing.T, dir string) {
+	deadline := time.Now().Add(cleanupTimeout)
+	for {
+		err := os.RemoveAll(dir)
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("files left: %v", err)
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
