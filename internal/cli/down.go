@@ -119,6 +119,10 @@ func (a *app) downStop(ctx context.Context, r state.Root) error {
 		}
 	}
 	sockets, drainErr := a.drain(ctx, h)
+	var refused *apiError
+	if errors.As(drainErr, &refused) {
+		return fmt.Errorf("%w; Berth goes on", drainErr)
+	}
 	// The children may have been started just now.
 	if now, err := h.Status(); err == nil {
 		s = now
@@ -159,9 +163,6 @@ func (a *app) drain(ctx context.Context, h *hold.Client) ([]string, error) {
 	}
 	if down.Stopped > 0 {
 		fmt.Fprintf(a.Err, "%d containers stopped\n", down.Stopped)
-	}
-	if len(down.Failed) > 0 {
-		return node.Sockets, fmt.Errorf("%s", down.Failed[0])
 	}
 	return node.Sockets, nil
 }

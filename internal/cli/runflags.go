@@ -49,6 +49,7 @@ func (o *runFlags) add(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.SetInterspersed(false)
 	o.changed = f.Changed
+	f.Bool("help", false, "help for run") // -h is the host name, as in docker run
 	f.BoolVarP(&o.detach, "detach", "d", false, "leave it in the background and print its ID")
 	f.BoolVar(&o.rm, "rm", false, "remove it when it ends")
 	f.BoolVar(&o.sigProxy, "sig-proxy", true, "pass signals on to the program")

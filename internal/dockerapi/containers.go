@@ -160,7 +160,9 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *request) error {
 	default:
 		return invalid("invalid condition: %q", condition)
 	}
-	results, err := s.engine.Wait(r.Context(), r.vars["id"], condition)
+	ctx, cancel := streamContext(r)
+	defer cancel()
+	results, err := s.engine.Wait(ctx, r.vars["id"], condition)
 	if err != nil {
 		return err
 	}
@@ -174,8 +176,8 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *request) error {
 			out.Error = &containertypes.WaitExitError{Message: result.Err.Error()}
 		}
 		return json.NewEncoder(w).Encode(out)
-	case <-r.Context().Done():
-		return r.Context().Err()
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 

@@ -3,6 +3,7 @@ package dockerapi
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -35,17 +36,19 @@ func (s *Server) containerStats(w http.ResponseWriter, r *request) error {
 	if stream && oneShot {
 		return invalid("cannot have stream=true and one-shot=true")
 	}
+	ctx, cancel := streamContext(r)
+	defer cancel()
 	sampler := statsSampler{server: s, id: c.Config.ID, name: c.Config.Name}
-	sample, alive, err := sampler.next(r)
+	sample, alive, err := sampler.next(ctx)
 	if err != nil {
 		return err
 	}
 	if !stream {
 		if alive && !oneShot { // clients compute rates from two samples
-			if err := sampler.pause(r); err != nil {
+			if err := sampler.pause(ctx); err != nil {
 				return err
 			}
-			if sample, _, err = sampler.next(r); err != nil {
+			if sample, _, err = sampler.next(ctx); err != nil {
 				return err
 			}
 		}
@@ -59,10 +62,10 @@ func (s *Server) containerStats(w http.ResponseWriter, r *request) error {
 			return err
 		}
 		_ = http.NewResponseController(w).Flush() // the next write tells
-		if err := sampler.pause(r); err != nil {
+		if err := sampler.pause(ctx); err != nil {
 			return err
 		}
-		if sample, _, err = sampler.next(r); errors.Is(err, errdefs.ErrNotFound) {
+		if sample, _, err = sampler.next(ctx); errors.Is(err, errdefs.ErrNotFound) {
 			return nil // the container was removed
 		} else if err != nil {
 			return err
@@ -77,21 +80,21 @@ type statsSampler struct {
 	last     containertypes.StatsResponse
 }
 
-func (p *statsSampler) pause(r *request) error {
+func (p *statsSampler) pause(ctx context.Context) error {
 	t := time.NewTimer(statsInterval)
 	defer t.Stop()
 	select {
 	case <-t.C:
 		return nil
-	case <-r.Context().Done():
-		return r.Context().Err()
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
 // next takes a sample; a container that does not run has an empty one (alive is false).
-func (p *statsSampler) next(r *request) (sample containertypes.StatsResponse, alive bool, err error) {
+func (p *statsSampler) next(ctx context.Context) (sample containertypes.StatsResponse, alive bool, err error) {
 	sample = containertypes.StatsResponse{ID: p.id, Name: "/" + p.name, OSType: runtime.GOOS}
-	st, err := p.server.engine.Stats(r.Context(), p.id)
+	st, err := p.server.engine.Stats(ctx, p.id)
 	if errors.Is(err, errdefs.ErrConflict) {
 		return sample, false, nil
 	}

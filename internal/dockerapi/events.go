@@ -54,7 +54,9 @@ func (s *Server) streamEvents(w http.ResponseWriter, r *request) error {
 	if since.IsZero() && !until.IsZero() {
 		since = time.Unix(0, 0) // only an end: everything remembered up to it
 	}
-	past, live := s.events.Subscribe(r.Context(), since)
+	ctx, cancel := streamContext(r)
+	defer cancel()
+	past, live := s.events.Subscribe(ctx, since)
 	media, sequence := eventType(r)
 	w.Header().Set("Content-Type", media)
 	w.WriteHeader(http.StatusOK)

@@ -2,7 +2,6 @@ package dockerapi
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -25,6 +24,9 @@ const (
 // versionMultiplexedType is from when streams with frames have a content type of their own.
 const versionMultiplexedType = 42
 
+// maxStreams bounds the clients attached at one time (a few more when many come at once).
+const maxStreams = 8192
+
 // drainGrace is how long a client may take to end its side of a stream that is over.
 const drainGrace = 5 * time.Second
 
@@ -46,6 +48,12 @@ type duplex struct {
 // hijack takes the connection over from the HTTP server and answers with docker's upgrade.
 // The caller ends with finish.
 func (s *Server) hijack(w http.ResponseWriter, r *request, contentType string) (*duplex, error) {
+	s.hijackMu.Lock()
+	full := len(s.hijacked) >= maxStreams
+	s.hijackMu.Unlock()
+	if full {
+		return nil, errdefs.New(errdefs.ErrUnavailable, "%d streams are attached, which is the limit; end some first", maxStreams)
+	}
 	conn, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return nil, invalid("this connection cannot carry a stream: %w", err)
@@ -168,11 +176,4 @@ func (d *duplex) finish(pumped <-chan struct{}) {
 	}
 	d.release()
 	<-pumped
-}
-
-// streamContext ends with the server or when stop is called.
-func streamContext(r *request) (context.Context, context.CancelFunc) {
-	// The request's own context ends only with the handler once hijacked, but does carry the
-	// server's end.
-	return context.WithCancel(r.Context())
 }

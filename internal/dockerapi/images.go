@@ -137,7 +137,7 @@ func (s *Server) listImages(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	images = slices.DeleteFunc(slices.Clone(images), func(img image.Image) bool { return len(img.Names) == 0 && img.ID == "" })
+	images = slices.Clone(images)
 	sortImages(images)
 	var shared []int64
 	if r.version >= 42 && r.boolQuery("shared-size") {

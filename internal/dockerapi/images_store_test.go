@@ -111,7 +111,7 @@ func TestDockerClientRealStore(t *testing.T) {
 	c.node.engine.run(hexID("a"), "front", engine.StatusExited, digest.Digest(strings.TrimSpace(id)))
 	c.says("rmi hello:1", "Untagged: hello:1")
 	c.fails("rmi registry.test/team/hello:2", "conflict: unable to remove repository reference", "container aaaaaaaaaaaa is using its referenced image")
-	c.node.engine.containers = nil
+	c.node.engine.clear()
 	c.says("system df", "Images          1")
 	c.says("rmi registry.test/team/hello:2", "Untagged: registry.test/team/hello:2", "Deleted: "+strings.TrimSpace(id))
 	if out := c.run(true, "images", "-q"); out != "" {

@@ -1,11 +1,14 @@
 package dockerapi_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -377,6 +380,46 @@ func TestSaveLoad(t *testing.T) {
 	n.refused("POST", "/images/load?platform=x", "", 501, "platform")
 	n.refused("GET", "/images/search?term=x", "", 501, "docker search")
 	n.refused("GET", "/distribution/busybox/json", "", 501, "busybox")
+}
+
+func TestLoadTellsProgressWhileItReads(t *testing.T) {
+	n := newNode(t)
+	server := httptest.NewServer(n.server)
+	defer server.Close()
+	const half = 1 << 20
+	body := bytes.Repeat([]byte("0123456789abcdef"), 2*half/16)
+	n.images.load = func(r io.Reader, p image.Progress) ([]image.Image, error) {
+		first := make([]byte, half)
+		if _, err := io.ReadFull(r, first); err != nil {
+			return nil, err
+		}
+		p(image.Status{ID: "aabbccddeeff", Action: "Loading layer"})
+		rest, err := io.ReadAll(r)
+		if !bytes.Equal(append(first, rest...), body) {
+			return nil, errors.New("the archive arrived changed")
+		}
+		return []image.Image{n.images.add("loaded:1", epoch, nil, 5)}, err
+	}
+	// The second half is sent only when the answer has begun.
+	pr, pw := io.Pipe()
+	answered := make(chan struct{})
+	go func() {
+		pw.Write(body[:half])
+		<-answered
+		pw.Write(body[half:])
+		pw.Close()
+	}()
+	resp, err := http.Post(server.URL+"/images/load?quiet=0", "application/x-tar", pr)
+	close(answered)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	lines := stream(t, string(raw))
+	if err != nil || len(lines) != 2 || lines[0]["status"] != "Loading layer" || lines[1]["stream"] != "Loaded image: loaded:1\n" {
+		t.Errorf("%v %s", err, raw)
+	}
 }
 
 func TestImageOfBrokenConfig(t *testing.T) {

@@ -561,6 +561,8 @@ type liveNode struct {
 	hub      *event.Hub
 	socket   string
 	client   *http.Client
+	stop     context.CancelFunc // tells the server to stop
+	stopped  chan struct{}      // closed once Serve has returned
 }
 
 func newLiveNode(t *testing.T) *liveNode {
@@ -585,16 +587,20 @@ func newLiveNode(t *testing.T) *liveNode {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	served := make(chan error, 1)
-	go func() { served <- n.server.Serve(ctx, l) }()
+	n.stop, n.stopped = cancel, make(chan struct{})
+	var served error
+	go func() {
+		defer close(n.stopped)
+		served = n.server.Serve(ctx, l)
+	}()
 	n.client = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", n.socket)
 	}}}
 	t.Cleanup(func() {
 		n.client.CloseIdleConnections()
 		cancel()
-		if err := <-served; err != nil {
-			t.Errorf("Serve: %v", err)
+		if <-n.stopped; served != nil {
+			t.Errorf("Serve: %v", served)
 		}
 		n.engine.mu.Lock()
 		for _, c := range n.engine.containers {

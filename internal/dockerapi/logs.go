@@ -69,7 +69,7 @@ func (s *Server) containerLogs(w http.ResponseWriter, r *request) error {
 	flush := func() { _ = http.NewResponseController(w).Flush() } // the next write tells
 	flush()
 	batch := newBatchWriter(w, flush)
-	ctx, cancel := context.WithCancel(r.Context())
+	ctx, cancel := streamContext(r)
 	defer cancel()
 	var writer sync.WaitGroup
 	writer.Go(func() {

@@ -99,7 +99,7 @@ func New(o Options) *Server {
 // Serve answers requests from l until ctx ends, then closes l, gives answers under way a
 // moment, and ends every connection. It returns nil after ctx ended, else why it stopped.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	base, cancel := context.WithCancel(context.WithValue(context.WithoutCancel(ctx), stopKey{}, ctx))
 	defer cancel()
 	h := &http.Server{
 		Handler:           s,
@@ -115,9 +115,6 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		s.closeHijacked()
 		grace, done := context.WithTimeout(base, shutdownGrace)
 		defer done()
-		// Streams (logs -f, events, wait) end only with their context: cancel it when the
-		// short answers had their chance.
-		context.AfterFunc(grace, cancel)
 		if h.Shutdown(grace) != nil {
 			h.Close()
 		}
@@ -137,6 +134,24 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		return nil
 	}
 	return err
+}
+
+// stopKey finds in a request's context the one that ends when the server is told to stop.
+type stopKey struct{}
+
+// streamContext is a context for answers without an end of their own: it ends with the client,
+// and at once when the server is told to stop, while short answers are still finished.
+func streamContext(r *request) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(r.Context())
+	stop, ok := ctx.Value(stopKey{}).(context.Context)
+	if !ok {
+		return ctx, cancel
+	}
+	release := context.AfterFunc(stop, cancel)
+	return ctx, func() {
+		release()
+		cancel()
+	}
 }
 
 // ServeHTTP answers one request.

@@ -107,7 +107,9 @@ func speaking(t *testing.T, version string) *client {
 func (c *client) system() {
 	web := c.node.images.add("web:1", epoch, nil, 1<<20, 2<<20)
 	c.node.engine.run(hexID("a"), "front", engine.StatusRunning, web.ID)
-	c.node.volumes.list = []dockerapi.Volume{{VolumeConfig: dockerapi.VolumeConfig{Name: "data"}}}
+	if _, err := c.node.volumes.Create(c.t.Context(), dockerapi.VolumeConfig{Name: "data"}); err != nil {
+		c.t.Fatal(err)
+	}
 
 	c.says("version", "Server: Berth", "API version:", "minimum version 1.40", "berth-runner:", "Experimental:     false")
 	c.says("info", "Storage Driver: overlayfs", "Cgroup Driver: cgroupfs", "Cgroup Version: 1", "Default Runtime: berth", "Live Restore Enabled: true",
@@ -130,7 +132,7 @@ func TestDockerClientImages(t *testing.T) {
 func (c *client) handleImages() {
 	t, n := c.t, c.node
 	n.images.add("web:1", time.Now().Add(-2*time.Hour), nil, 1<<20, 2<<20)
-	n.images.pull = func(_ context.Context, ref string, o image.PullOptions) (image.Image, error) {
+	n.images.onPull(func(_ context.Context, ref string, o image.PullOptions) (image.Image, error) {
 		o.Progress(image.Status{ID: "latest", Action: "Pulling from library/busybox"})
 		o.Progress(image.Status{ID: "aabbccddeeff", Action: "Pulling fs layer"})
 		o.Progress(image.Status{ID: "aabbccddeeff", Action: "Downloading", Current: 1, Total: 2})
@@ -138,7 +140,7 @@ func (c *client) handleImages() {
 		o.Progress(image.Status{Action: "Digest: sha256:" + hexID("1")})
 		o.Progress(image.Status{Action: "Status: Downloaded newer image for busybox:latest"})
 		return n.images.add("busybox:latest", epoch, nil, 10), nil
-	}
+	})
 	c.says("images", "REPOSITORY", "web          1", "2 hours ago", "3.15MB")
 	c.says("images -f reference=we* --format {{.Repository}}:{{.Tag}}", "web:1")
 	c.says("image inspect web:1 -f {{.Architecture}}-{{.Config.Cmd}}-{{.Config.Healthcheck.Test}}-{{.Config.Entrypoint}}", "amd64-[sh]-[CMD true]-[]")
@@ -146,8 +148,12 @@ func (c *client) handleImages() {
 	c.says("pull busybox", "latest: Pulling from library/busybox", "aabbccddeeff: Pull complete", "Status: Downloaded newer image for busybox:latest", "docker.io/library/busybox:latest")
 	c.says("push busybox", "The push refers to repository [docker.io/library/busybox]", "aabbccddeeff: Pushed")
 	c.says("tag busybox other:2")
-	c.says("images -q other:2", n.images.list[1].ID.Encoded()[:12])
-	n.images.pull = nil
+	other, err := n.images.Resolve(t.Context(), "other:2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.says("images -q other:2", other.ID.Encoded()[:12])
+	n.images.onPull(nil)
 	c.fails("pull nope", "pull access denied for docker.io/library/nope:latest")
 	c.fails("pull -a busybox", "docker pull -a")
 	c.fails("push nope", "An image does not exist locally with the tag: nope")
@@ -175,14 +181,14 @@ func TestDockerClientNetworksAndVolumes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.networks.endpoints = []network.Endpoint{{Sandbox: hexID("a"), NetworkID: app.ID, MAC: "02:42:0a:09:00:09"}}
+	n.networks.attach(network.Endpoint{Sandbox: hexID("a"), NetworkID: app.ID, MAC: "02:42:0a:09:00:09"})
 	c.says("network inspect app", `"Subnet": "10.9.0.0/24"`, `"Name": "front"`, `"MacAddress": "02:42:0a:09:00:09"`)
 	c.fails("network rm app", "network app has active endpoints")
 	c.fails("network rm bridge", "bridge is a pre-defined network and cannot be removed")
 	c.fails("network create --ipv6 six", "IPv6")
 	c.fails("network create app", "network with name app already exists")
 	c.fails("network inspect nope", "network nope not found")
-	n.networks.endpoints = nil
+	n.networks.attach()
 	c.says("network disconnect app front")
 	c.says("network prune -f", "app")
 

@@ -131,11 +131,14 @@ func (s *Server) containerUsage(ctx context.Context) (*containertypes.DiskUsage,
 	du := &containertypes.DiskUsage{Items: []containertypes.Summary{}}
 	for _, c := range s.engine.Containers() {
 		size, err := s.engine.WritableBytes(ctx, c.Config.ID)
-		if errors.Is(err, errdefs.ErrNotFound) {
+		switch {
+		case errors.Is(err, errdefs.ErrNotFound):
 			continue // removed meanwhile
-		}
-		if err != nil {
-			return nil, err
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case err != nil: // one damaged container must not hide the others
+			s.log.Warn("container's size unknown", "container", c.Config.Name, "error", err)
+			size = 0
 		}
 		summary := s.containerSummary(c)
 		summary.SizeRw = size
@@ -157,21 +160,24 @@ func (s *Server) volumeUsage(ctx context.Context) (*volumetypes.DiskUsage, error
 	users := volumeUsers(s.engine.Containers())
 	for _, v := range s.sortedVolumes() {
 		size, err := s.volumes.SizeBytes(ctx, v.Name)
-		if errors.Is(err, errdefs.ErrNotFound) {
+		switch {
+		case errors.Is(err, errdefs.ErrNotFound):
 			continue // removed meanwhile
-		}
-		if err != nil {
-			return nil, err
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case err != nil:
+			s.log.Warn("volume's size unknown", "volume", v.Name, "error", err)
+			size = -1 // docker's "not available"
 		}
 		shown := volumeJSON(v)
 		shown.UsageData = &volumetypes.UsageData{Size: size, RefCount: int64(len(users[v.Name]))}
 		du.Items = append(du.Items, shown)
 		du.TotalCount++
-		du.TotalSize += size
+		du.TotalSize += max(size, 0)
 		if shown.UsageData.RefCount > 0 {
 			du.ActiveCount++
 		} else {
-			du.Reclaimable += size
+			du.Reclaimable += max(size, 0)
 		}
 	}
 	return du, nil

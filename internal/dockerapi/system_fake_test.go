@@ -38,6 +38,13 @@ type node struct {
 	began    time.Time
 }
 
+// The real ones fit.
+var (
+	_ dockerapi.EngineAPI  = (*engine.Engine)(nil)
+	_ dockerapi.ImageAPI   = (*image.Store)(nil)
+	_ dockerapi.NetworkAPI = (*network.Service)(nil)
+)
+
 var epoch = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 
 func newNode(t *testing.T, change ...func(*dockerapi.Options)) *node {
@@ -140,6 +147,8 @@ type memEngine struct {
 
 // run adds a container in a sandbox of its own.
 func (e *memEngine) run(id, name string, status engine.Status, imageID digest.Digest, mounts ...engine.Mount) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	e.containers = append(e.containers, engine.Container{
 		Config: engine.ContainerConfig{
 			ID: id, Name: name, Sandbox: id, Owner: engine.OwnerDocker, Image: "busybox", ImageID: imageID.String(),
@@ -156,7 +165,18 @@ func (e *memEngine) Containers() []engine.Container {
 	return slices.Clone(e.containers)
 }
 
-func (e *memEngine) Sandboxes() []engine.Sandbox { return e.sandboxes }
+// clear removes all containers.
+func (e *memEngine) clear() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.containers, e.sandboxes = nil, nil
+}
+
+func (e *memEngine) Sandboxes() []engine.Sandbox {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.sandboxes)
+}
 
 func (e *memEngine) NetworkUsers(string) []engine.Sandbox { return nil }
 
@@ -170,7 +190,7 @@ func (e *memEngine) Container(ref string) (engine.Container, error) {
 }
 
 func (e *memEngine) Sandbox(ref string) (engine.Sandbox, error) {
-	for _, b := range e.sandboxes {
+	for _, b := range e.Sandboxes() {
 		if b.Config.ID == ref {
 			return b, nil
 		}
@@ -179,6 +199,8 @@ func (e *memEngine) Sandbox(ref string) (engine.Sandbox, error) {
 }
 
 func (e *memEngine) ConnectSandbox(_ context.Context, ref string, c engine.EndpointConfig) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	for i := range e.sandboxes {
 		if e.sandboxes[i].Config.ID == ref {
 			e.sandboxes[i].Config.Endpoints = append(e.sandboxes[i].Config.Endpoints, c)
@@ -190,6 +212,8 @@ func (e *memEngine) ConnectSandbox(_ context.Context, ref string, c engine.Endpo
 }
 
 func (e *memEngine) DisconnectSandbox(_ context.Context, ref, net string, _ bool) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	for i := range e.sandboxes {
 		if e.sandboxes[i].Config.ID == ref {
 			e.sandboxes[i].Config.Endpoints = slices.DeleteFunc(e.sandboxes[i].Config.Endpoints,
@@ -218,6 +242,7 @@ type memImages struct {
 	creds    image.Credentials
 	platform string
 	loaded   string
+	load     func(r io.Reader, p image.Progress) ([]image.Image, error)
 }
 
 // add keeps an image with layers of the given sizes; name "" is dangling.
@@ -250,9 +275,18 @@ func (m *memImages) add(name string, created time.Time, labels map[string]string
 			ocispec.History{Created: &created, CreatedBy: "ENV x", EmptyLayer: true, Comment: "made"})
 		img.SizeBytes += size
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.list = append(m.list, img)
 	m.layers[id] = layers
 	return img
+}
+
+// onPull says what Pull does; nil refuses.
+func (m *memImages) onPull(f func(ctx context.Context, ref string, o image.PullOptions) (image.Image, error)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.pull = f
 }
 
 func (m *memImages) List(context.Context) ([]image.Image, error) {
@@ -279,19 +313,26 @@ func (m *memImages) Resolve(_ context.Context, ref string) (image.Image, error) 
 }
 
 func (m *memImages) LayerSizes(_ context.Context, id digest.Digest) ([]int64, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	return m.layers[id], nil
 }
 
 func (m *memImages) Pull(ctx context.Context, ref string, o image.PullOptions) (image.Image, error) {
+	m.mu.Lock()
 	m.creds, m.platform = o.Credentials, o.Platform
-	if m.pull == nil {
+	pull := m.pull
+	m.mu.Unlock()
+	if pull == nil {
 		return image.Image{}, errdefs.New(errdefs.ErrNotFound, "pull access denied for %s, repository does not exist or may require 'docker login'", ref)
 	}
-	return m.pull(ctx, ref, o)
+	return pull(ctx, ref, o)
 }
 
 func (m *memImages) Push(ctx context.Context, ref string, c image.Credentials, p image.Progress) (digest.Digest, error) {
+	m.mu.Lock()
 	m.creds = c
+	m.mu.Unlock()
 	img, err := m.Resolve(ctx, ref)
 	if err != nil {
 		return "", err
@@ -341,7 +382,8 @@ func (m *memImages) drop(img image.Image) []image.RemoveResult {
 }
 
 func (m *memImages) Prune(_ context.Context, all bool, keep func(image.Image) bool) (out []image.RemoveResult, freed int64, err error) {
-	for _, img := range slices.Clone(m.list) {
+	list, _ := m.List(context.Background())
+	for _, img := range list {
 		if (all || len(img.Names) == 0) && !keep(img) {
 			out = append(out, m.drop(img)...)
 			freed += img.SizeBytes
@@ -351,11 +393,16 @@ func (m *memImages) Prune(_ context.Context, all bool, keep func(image.Image) bo
 }
 
 func (m *memImages) Load(_ context.Context, r io.Reader, p image.Progress) ([]image.Image, error) {
+	if m.load != nil {
+		return m.load(r, p)
+	}
 	raw, err := io.ReadAll(r)
 	if err != nil {
 		return nil, err
 	}
+	m.mu.Lock()
 	m.loaded = string(raw)
+	m.mu.Unlock()
 	if bytes.HasPrefix(raw, []byte("bad")) {
 		return nil, errdefs.New(errdefs.ErrInvalid, "archive: unrecognised format")
 	}
@@ -381,6 +428,7 @@ func (m *memImages) DiskUsage(context.Context) (int64, error) { return 12345, ni
 
 // memNetworks is a network service in memory.
 type memNetworks struct {
+	mu        sync.Mutex
 	list      []network.Network
 	endpoints []network.Endpoint
 }
@@ -394,8 +442,17 @@ func (m *memNetworks) add(name, driver, subnet string) network.Network {
 		p := netip.MustParsePrefix(subnet)
 		n.Config.Subnets = []network.Subnet{{Prefix: p, Gateway: p.Addr().Next()}}
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.list = append(m.list, n)
 	return n
+}
+
+// attach says who is on networks.
+func (m *memNetworks) attach(endpoints ...network.Endpoint) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.endpoints = endpoints
 }
 
 func (m *memNetworks) Create(_ context.Context, c network.Config) (network.Network, error) {
@@ -407,12 +464,14 @@ func (m *memNetworks) Create(_ context.Context, c network.Config) (network.Netwo
 		p := netip.MustParsePrefix("172.18.0.0/16")
 		n.Config.Subnets = []network.Subnet{{Prefix: p, Gateway: p.Addr().Next()}}
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.list = append(m.list, n)
 	return n, nil
 }
 
 func (m *memNetworks) Get(ref string) (network.Network, error) {
-	for _, n := range m.list {
+	for _, n := range m.List() {
 		if n.Config.Name == ref || n.ID == ref || len(ref) >= 6 && strings.HasPrefix(n.ID, ref) {
 			return n, nil
 		}
@@ -420,18 +479,26 @@ func (m *memNetworks) Get(ref string) (network.Network, error) {
 	return network.Network{}, errdefs.New(errdefs.ErrNotFound, "no network %s", ref)
 }
 
-func (m *memNetworks) List() []network.Network { return slices.Clone(m.list) }
+func (m *memNetworks) List() []network.Network {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.list)
+}
 
 func (m *memNetworks) Remove(_ context.Context, ref string) error {
 	n, err := m.Get(ref)
 	if err != nil {
 		return err
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.list = slices.DeleteFunc(m.list, func(one network.Network) bool { return one.ID == n.ID })
 	return nil
 }
 
 func (m *memNetworks) Endpoints(ref string) []network.Endpoint {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	var out []network.Endpoint
 	for _, e := range m.endpoints {
 		if e.NetworkID == ref {
@@ -442,7 +509,10 @@ func (m *memNetworks) Endpoints(ref string) []network.Endpoint {
 }
 
 // memVolumes is a volume store in memory.
-type memVolumes struct{ list []dockerapi.Volume }
+type memVolumes struct {
+	mu   sync.Mutex
+	list []dockerapi.Volume
+}
 
 func (m *memVolumes) Create(_ context.Context, c dockerapi.VolumeConfig) (dockerapi.Volume, error) {
 	if c.Name == "" {
@@ -452,12 +522,14 @@ func (m *memVolumes) Create(_ context.Context, c dockerapi.VolumeConfig) (docker
 		return v, nil
 	}
 	v := dockerapi.Volume{VolumeConfig: c, Path: "/state/volumes/" + c.Name, Created: epoch}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.list = append(m.list, v)
 	return v, nil
 }
 
 func (m *memVolumes) Get(name string) (dockerapi.Volume, error) {
-	for _, v := range m.list {
+	for _, v := range m.List() {
 		if v.Name == name {
 			return v, nil
 		}
@@ -465,12 +537,18 @@ func (m *memVolumes) Get(name string) (dockerapi.Volume, error) {
 	return dockerapi.Volume{}, errdefs.New(errdefs.ErrNotFound, "no volume %s", name)
 }
 
-func (m *memVolumes) List() []dockerapi.Volume { return slices.Clone(m.list) }
+func (m *memVolumes) List() []dockerapi.Volume {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.list)
+}
 
 func (m *memVolumes) Remove(_ context.Context, name string) error {
 	if _, err := m.Get(name); err != nil {
 		return err
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.list = slices.DeleteFunc(m.list, func(v dockerapi.Volume) bool { return v.Name == name })
 	return nil
 }

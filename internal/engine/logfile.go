@@ -55,6 +55,17 @@ func (l *logFile) renderer() (*logs.Renderer, error) {
 	return l.r, nil
 }
 
+// resume opens the renderer of a log that was written before, ahead of new output: after a power
+// cut it must see that the spool is shorter than it was.
+func (l *logFile) resume() {
+	if _, err := os.Stat(l.cfg.CheckpointPath); err != nil {
+		return
+	}
+	if r, err := l.renderer(); err == nil {
+		r.CloseIdle()
+	} // else it is tried again, and reported, when there is output
+}
+
 // setLive tells followers whether more may come: while the container runs or will run again.
 func (l *logFile) setLive(live bool) {
 	l.mu.Lock()

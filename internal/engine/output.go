@@ -5,6 +5,7 @@ import (
 	"math"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"berth/internal/spool"
 	"berth/internal/state"
@@ -22,6 +23,7 @@ type output struct {
 	endedRun uint64
 	busy     bool // a renderer goroutine is at work
 	dirty    bool // more output was announced meanwhile
+	closed   bool // the container is gone
 }
 
 // tap is one attached client's position in the spool.
@@ -89,6 +91,7 @@ func (o *output) beginRun() {
 	defer o.mu.Unlock()
 	o.run++
 	if o.log != nil {
+		o.log.resume()
 		o.log.setLive(true)
 	}
 }
@@ -154,14 +157,33 @@ func (o *output) finish(e *Engine) {
 	}
 }
 
+// renderAgain is how long output waits in the spool after its rendering failed (full disk).
+const renderAgain = time.Second
+
 func (o *output) render(e *Engine, last bool) {
-	if err := o.log.render(last); err != nil {
-		e.log.Error("output not rendered into its log; it waits in the spool", "log", o.log.path(), "error", err)
+	err := o.log.render(last)
+	if err == nil {
+		return
 	}
+	e.log.Error("output not rendered into its log; it waits in the spool", "log", o.log.path(), "error", err)
+	time.AfterFunc(renderAgain, func() {
+		if e.ctx.Err() == nil && !o.gone() {
+			o.grew(e)
+		}
+	})
+}
+
+func (o *output) gone() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.closed
 }
 
 // close releases files.
 func (o *output) close() {
+	o.mu.Lock()
+	o.closed = true
+	o.mu.Unlock()
 	if o.log != nil {
 		o.log.close()
 	}

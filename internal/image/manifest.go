@@ -381,7 +381,7 @@ func (s *Store) putBlob(ctx context.Context, desc ocispec.Descriptor, data []byt
 }
 
 // openBlob streams a blob; size is checked, the digest is not.
-func (s *Store) openBlob(ctx context.Context, desc ocispec.Descriptor) (*blobReader, error) {
+func (s *Store) openBlob(ctx context.Context, desc ocispec.Descriptor) (io.ReadSeekCloser, error) {
 	r, err := s.content.ReaderAt(ctx, desc)
 	if err != nil {
 		return nil, err

@@ -97,7 +97,7 @@ func (s *Store) upToDate(ctx context.Context, named reference.Named, root ocispe
 		}
 	}
 	if _, err := s.lowerDirs(ctx, rec.p); err != nil {
-		return nil, nil //nolint:nilerr // not unpacked or damaged: pull again
+		return nil, nil // not unpacked or damaged: pull again
 	}
 	return rec.p, nil
 }

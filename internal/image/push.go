@@ -172,7 +172,7 @@ func (s *Store) wholeIndex(ctx context.Context, root ocispec.Descriptor) ([]*par
 	for _, d := range idx.Manifests {
 		p, err := s.parse(ctx, d)
 		if err != nil {
-			return nil, nil //nolint:nilerr // a part that is not here or is no image
+			return nil, nil // a part that is not here or is no image
 		}
 		for _, l := range p.layers {
 			if ok, err := s.blobPresent(ctx, l); err != nil || !ok {
@@ -281,7 +281,7 @@ func (u *upload) attempt(ctx context.Context, desc ocispec.Descriptor, id string
 // pushReader reads a blob, again from the start when the connection demands it, and counts. It has
 // no other methods, so that io.Copy cannot go around it.
 type pushReader struct {
-	blob   *blobReader
+	blob   io.ReadSeekCloser
 	size   int64
 	n      int64
 	report func(int64)

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/distribution/reference"
@@ -56,7 +57,7 @@ func (s *Store) Remove(ctx context.Context, ref string, force, prune bool, users
 		return nil, err
 	}
 	e, name, err := x.resolve(ref)
-	if errdefs.Kind(err) == errdefs.ErrDataLoss {
+	if errors.Is(err, errdefs.ErrDataLoss) {
 		return s.removeDamaged(ctx, x, ref)
 	}
 	if err != nil {

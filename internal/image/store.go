@@ -174,7 +174,27 @@ func withDefaults(c Config) Config {
 	return c
 }
 
+func (s *Store) removeProbes() error {
+	dir := filepath.Join(s.cfg.Dir, "content")
+	all, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, d := range all {
+		if strings.HasPrefix(d.Name(), ".fsverity-check-") {
+			if err := os.RemoveAll(filepath.Join(dir, d.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (s *Store) openStores(ctx context.Context) error {
+	// NewStore probes the file system; being killed in the middle leaves the probe.
+	if err := s.removeProbes(); err != nil {
+		return err
+	}
 	blobs, err := local.NewStore(filepath.Join(s.cfg.Dir, "content"))
 	if err != nil {
 		return err
@@ -210,12 +230,15 @@ func (s *Store) context(ctx context.Context) context.Context {
 // recover deals with the leases of a process that died in a transfer. A lease is there from before
 // the first byte to after the last, so none means that nothing unrecorded can be on the disk.
 func (s *Store) recover(ctx context.Context) error {
+	s.wakeCollector() // the last process may not have come to it
 	found, err := s.leases.List(ctx)
 	if err != nil || len(found) == 0 {
 		return err
 	}
 	s.sweep.Store(true)
-	s.wakeCollector()
+	if err := s.removeUnnamedIngests(); err != nil {
+		return err
+	}
 	for _, l := range found {
 		if !strings.HasPrefix(l.ID, pullLeasePrefix) || time.Since(l.CreatedAt) > partialDownloadAge {
 			if err := s.leases.Delete(ctx, l); err != nil && !cerrdefs.IsNotFound(err) {
@@ -237,6 +260,28 @@ func (s *Store) recover(ctx context.Context) error {
 			}
 		}
 		s.stale[l.ID] = struct{}{}
+	}
+	return nil
+}
+
+// removeUnnamedIngests removes downloads that were killed before they had got, or after they had
+// lost, the file that says whose they are: containerd's own collection passes them over.
+func (s *Store) removeUnnamedIngests() error {
+	dir := filepath.Join(s.cfg.Dir, "content", "ingest")
+	all, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, d := range all {
+		if st, err := os.Stat(filepath.Join(dir, d.Name(), "ref")); err == nil && st.Size() > 0 {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(dir, d.Name())); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -346,8 +391,8 @@ func (s *Store) GC(ctx context.Context) error {
 // markDirty makes the next collection compare both stores with the database. containerd does so
 // only for a store from which something has been removed, so something is.
 func (s *Store) markDirty(ctx context.Context) error {
-	key := "sweep-" + randomID()
-	if _, err := s.snaps.Prepare(ctx, key, ""); err != nil {
+	key := "sweep" // always the same, so that being killed in between adds nothing
+	if _, err := s.snaps.Prepare(ctx, key, ""); err != nil && !cerrdefs.IsAlreadyExists(err) {
 		return err
 	}
 	if err := s.snaps.Remove(ctx, key); err != nil {

@@ -170,7 +170,7 @@ func (s *source) read(ctx context.Context, driver string, o Options, fn func(Ent
 			return ctx.Err()
 		}
 		b, n, err := readLine(in, &long)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
@@ -190,11 +190,11 @@ func (s *source) read(ctx context.Context, driver string, o Options, fn func(Ent
 func readLine(in *bufio.Reader, long *[]byte) (b []byte, n int64, err error) {
 	b, err = in.ReadSlice('\n')
 	n = int64(len(b))
-	if err == nil || err != bufio.ErrBufferFull {
+	if !errors.Is(err, bufio.ErrBufferFull) {
 		return b, n, err
 	}
 	*long = append((*long)[:0], b...)
-	for err == bufio.ErrBufferFull {
+	for errors.Is(err, bufio.ErrBufferFull) {
 		b, err = in.ReadSlice('\n')
 		n += int64(len(b))
 		if len(*long) <= maxLine {
@@ -246,7 +246,7 @@ func (r *Renderer) Read(ctx context.Context, o Options, fn func(Entry) error) er
 	}
 	last := len(sources) - 1
 	err = r.follow(ctx, &sources[last], o, fn)
-	if err != nil && errors.Is(err, ctx.Err()) && context.Cause(ctx) == errUntil {
+	if err != nil && errors.Is(err, ctx.Err()) && errors.Is(context.Cause(ctx), errUntil) {
 		return nil
 	}
 	return err

@@ -86,7 +86,7 @@ func TestSinceUntilAndErrors(t *testing.T) {
 		}
 		return nil
 	})
-	if err != stop || n != 5 {
+	if !errors.Is(err, stop) || n != 5 {
 		t.Errorf("%v after %d", err, n)
 	}
 	ctx, cancel := context.WithCancel(context.Background())

@@ -189,7 +189,7 @@ func (r *Renderer) render() (more bool, err error) {
 			return true, nil
 		}
 		c, err := r.next(r.now.Pos)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return false, nil
 		}
 		if err != nil {
@@ -249,7 +249,7 @@ func (r *Renderer) hand(c spool.Chunk) {
 func (r *Renderer) deliver() error {
 	for r.cfg.OnChunk != nil {
 		c, err := r.next(max(r.delivered, r.now.Pos))
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

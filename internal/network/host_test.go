@@ -258,6 +258,7 @@ func newInstance(t testing.TB, h *host) *instance {
 		for _, p := range paths {
 			unix.Unmount(p, unix.MNT_DETACH)
 		}
+		unix.Unmount(filepath.Join(root.Run, "ns"), unix.MNT_DETACH)
 		os.RemoveAll(dir)
 	})
 	i.open()

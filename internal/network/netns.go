@@ -50,7 +50,7 @@ func (s *Service) NewNamespaces(sandbox, hostname, domainname string, own NS, sy
 	}
 	s.reaper.touch()
 	dir := s.root.Namespaces(sandbox)
-	if err := os.MkdirAll(filepath.Dir(dir), 0o711); err != nil {
+	if err := s.prepareNamespaceDir(); err != nil {
 		return fmt.Errorf("namespaces of sandbox %s: %w", sandbox, err)
 	}
 	if err := os.Mkdir(dir, 0o711); err != nil {
@@ -65,6 +65,68 @@ func (s *Service) NewNamespaces(sandbox, hostname, domainname string, own NS, sy
 	}
 	return nil
 }
+
+// namespaceDir holds the directories of all sandboxes' namespaces.
+func (s *Service) namespaceDir() string { return filepath.Join(s.root.Run, "ns") }
+
+// prepareNamespaceDir makes the directory once. Where it is not in memory already, it becomes a
+// file system in memory: the three files of a sandbox cost more than its namespaces on a disk.
+// It is private, so that no other mount namespace holds on to the sandboxes'.
+func (s *Service) prepareNamespaceDir() error {
+	s.nsDir.mu.Lock()
+	defer s.nsDir.mu.Unlock()
+	if s.nsDir.ready {
+		return nil
+	}
+	dir := s.namespaceDir()
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return err
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	// What an earlier process left on the disk must stay visible.
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	if st.Type != unix.TMPFS_MAGIC && len(entries) == 0 {
+		err := unix.Mount(nsMountName, dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0711,size=16m")
+		if err == nil {
+			err = unix.Mount("", dir, "", unix.MS_PRIVATE, "")
+		}
+		if err != nil {
+			return fmt.Errorf("mount %s: %w", dir, err)
+		}
+	}
+	s.nsDir.ready = true
+	return nil
+}
+
+// removeNamespaceDir undoes prepareNamespaceDir. Namespaces that are in use elsewhere live on.
+func (s *Service) removeNamespaceDir() error {
+	s.nsDir.mu.Lock()
+	defer s.nsDir.mu.Unlock()
+	s.nsDir.ready = false
+	dir := s.namespaceDir()
+	var st, parent unix.Stat_t
+	if unix.Lstat(dir, &st) != nil || unix.Lstat(filepath.Dir(dir), &parent) != nil {
+		return nil
+	}
+	if st.Dev != parent.Dev {
+		if err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// nsMountName is what mount tables show as the source of the file system.
+const nsMountName = "berth-namespaces"
 
 // fillNamespaces runs on a thread that is thrown away.
 func fillNamespaces(dir, hostname, domainname string, own NS, sysctls map[string]string) error {
@@ -150,7 +212,7 @@ func prepareNetNS() error {
 // when nothing uses it any more, behind this call. Removing what is not there is no error.
 func (s *Service) RemoveNamespaces(sandbox string) error {
 	dir := s.root.Namespaces(sandbox)
-	if filepath.Dir(dir) != filepath.Join(s.root.Run, "ns") {
+	if filepath.Dir(dir) != s.namespaceDir() {
 		return errdefs.New(errdefs.ErrInvalid, "sandbox ID %q is not one", sandbox)
 	}
 	// The new name lets the sandbox be made again at once; the rest happens behind the answer.

@@ -103,7 +103,7 @@ func (s *Service) forgetSandbox(ctx context.Context, sandbox string) error {
 // removeDeadNamespaces removes directories of namespaces that no live sandbox owns, and what is
 // left of a removal that was cut short.
 func (s *Service) removeDeadNamespaces(live map[string]bool) error {
-	dir := filepath.Dir(s.root.Namespaces("x"))
+	dir := s.namespaceDir()
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -299,7 +299,7 @@ func (s *Service) Teardown(ctx context.Context) error {
 	} else {
 		errs = append(errs, err)
 	}
-	errs = append(errs, s.removeDeadNamespaces(nil), s.restoreForwarding(routerOff))
+	errs = append(errs, s.removeDeadNamespaces(nil), s.removeNamespaceDir(), s.restoreForwarding(routerOff))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("tear networks down: %w", err)
 	}

@@ -73,6 +73,10 @@ type Service struct {
 
 	table  tableState
 	reaper *reaper
+	nsDir  struct {
+		mu    sync.Mutex
+		ready bool
+	}
 }
 
 // entry is a network with what is known of its bridge.

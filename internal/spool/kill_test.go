@@ -2,6 +2,7 @@ package spool_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -44,9 +45,9 @@ func pump(dir string) {
 		}
 		unix.Poll(poll, -1)
 		for stream, fd := range open {
-			switch _, err := w.SpliceFrom(fd, stream); err {
-			case nil:
-			case io.EOF:
+			switch _, err := w.SpliceFrom(fd, stream); {
+			case err == nil:
+			case errors.Is(err, io.EOF):
 				delete(open, stream)
 			default:
 				fmt.Fprintln(os.Stderr, err)
@@ -151,7 +152,7 @@ func follow(t *testing.T, dir string, done chan struct{}) map[uint8][]byte {
 		case err == nil && c.Dropped == 0:
 			got[c.Stream] = append(got[c.Stream], c.Data...)
 			pos = c.End()
-		case err != io.EOF:
+		case !errors.Is(err, io.EOF):
 			t.Errorf("at %d: %v, gap of %d", pos, err, c.Dropped)
 			return got
 		case last:

@@ -14,9 +14,9 @@
 // first and the records afterwards sees only final ones.
 //
 // The package does not render, split lines or fsync: a spool survives the death of every
-// process, not a power cut. When the disk is full or the limit reached the oldest segment goes;
-// when that is not enough, output is thrown away: the process never blocks. Both show
-// as a gap between positions.
+// process, not a power cut. When the disk is full the oldest segment goes; when that is not enough, output is
+// thrown away: a process never waits for a disk. Both show as a gap between positions. At its
+// limit a spool takes nothing more until its reader has trimmed it: the process waits.
 //
 // A Writer and a Reader are each for one goroutine at a time; any number of Readers and at most
 // one Writer (it takes a lock) may use a directory at once. Functions are safe for concurrent use.

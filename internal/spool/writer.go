@@ -26,12 +26,20 @@ type Writer struct {
 	slots     int    // allocated
 	recorded  bool   // the record before slot holds for the next splice too
 
+	last    bool // no more is to come than what the pipes hold
+
 	dropped uint64
 	cause   error
 }
 
+// Last says that the process is dead: what its pipes still hold is taken beyond the limit, for
+// nobody will write more.
+func (w *Writer) Last() { w.last = true }
+
 // OpenWriter returns a writer for the spool in dir, which keeps at most about limit bytes
-// there (0: DefaultLimit). Nothing is opened yet; dir is made at the first output, its parent
+// there (0: DefaultLimit): beyond it SpliceFrom fails with errdefs.ErrExhausted and takes nothing,
+// so that a process which writes faster than its log is rendered waits, as it would for a
+// terminal; only a full disk costs output. Nothing is opened yet; dir is made at the first output, its parent
 // must exist. A spool left by a writer that died is continued where it ends.
 func OpenWriter(dir string, limit int64) (*Writer, error) {
 	if !filepath.IsAbs(dir) {
@@ -80,7 +88,7 @@ func (w *Writer) SpliceFrom(fd int, stream uint8) (int64, error) {
 	for total < maxPerCall {
 		n, err := w.store(fd, stream, maxPerCall-total)
 		total += n
-		if err == unix.EAGAIN {
+		if errors.Is(err, unix.EAGAIN) {
 			return total, nil
 		}
 		if err != nil {
@@ -95,7 +103,7 @@ func (w *Writer) SpliceFrom(fd int, stream uint8) (int64, error) {
 func (w *Writer) store(fd int, stream uint8, limit int64) (int64, error) {
 	for {
 		n, err := w.splice(fd, stream, limit)
-		if err == nil || err == unix.EAGAIN || err == io.EOF || errors.Is(err, errdefs.ErrConflict) {
+		if err == nil || errors.Is(err, unix.EAGAIN) || errors.Is(err, io.EOF) || errors.Is(err, errdefs.ErrConflict) {
 			return n, err
 		}
 		if !hopeless(err) {
@@ -274,12 +282,8 @@ func (w *Writer) roll() error {
 	if err != nil {
 		return err
 	}
-	for len(bases) > 1 && w.stored(bases)+w.segment > w.limit {
-		w.cause = errdefs.New(errdefs.ErrExhausted, "spool %s: the limit of %d bytes is reached", w.dir, w.limit)
-		if err := w.drop(bases); err != nil {
-			return err
-		}
-		bases = bases[1:]
+	if !w.last && len(bases) > 1 && w.stored(bases)+w.segment > w.limit {
+		return errdefs.New(errdefs.ErrExhausted, "spool %s: the limit of %d bytes is reached; output waits in the pipe until its reader has caught up", w.dir, w.limit)
 	}
 	return w.create(w.pos)
 }

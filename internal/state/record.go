@@ -3,6 +3,7 @@ package state
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -84,7 +85,7 @@ func (j *Journal) replay(f *os.File) (end, size int64, err error) {
 	var rec []byte
 	for {
 		if rec, err = readRecord(r, rec, size-end); err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return end, size, nil
 			}
 			return 0, 0, fmt.Errorf("read journal: %w", err)

@@ -157,10 +157,23 @@ func output(args []string) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, tail(stderr.Bytes()))
+		return "", &failure{args, err, string(bytes.TrimSpace(tail(stderr.Bytes())))}
 	}
 	return stdout.String(), nil
 }
+
+// failure is a command that did not succeed.
+type failure struct {
+	args  []string
+	err   error
+	words string // the end of its standard error
+}
+
+func (f *failure) Error() string {
+	return fmt.Sprintf("%s: %v: %s", strings.Join(f.args, " "), f.err, f.words)
+}
+
+func (f *failure) Unwrap() error { return f.err }
 
 // latency times each contestant in turn, so that what disturbs the machine disturbs all. One that
 // cannot run here is named with its reason and left out.
@@ -251,7 +264,14 @@ func percentile[T time.Duration | float64](values []T, p int) T {
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
 
+// firstLine is why a contestant is not in the table, fit for a cell.
 func firstLine(err error) string {
-	line, _, _ := strings.Cut(strings.TrimSpace(err.Error()), "\n")
-	return strings.ReplaceAll(line[:min(len(line), 200)], "|", "/")
+	const most = 160
+	text := err.Error()
+	var f *failure
+	if errors.As(err, &f) && f.words != "" {
+		text = f.words
+	}
+	line, _, _ := strings.Cut(strings.TrimSpace(text), "\n")
+	return strings.ReplaceAll(line[:min(len(line), most)], "|", "/")
 }

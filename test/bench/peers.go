@@ -158,10 +158,23 @@ func stage(dir string) error {
 	if err := unix.Unmount("/sys/fs/cgroup/unified", unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unmount /sys/fs/cgroup/unified: %w", err)
 	}
-	if err := os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin:"+filepath.Join(dir, "bin")); err != nil {
+	if err := stageLibraries(filepath.Join(dir, "lib")); err != nil {
 		return err
 	}
-	return os.Setenv("LD_LIBRARY_PATH", filepath.Join(dir, "lib"))
+	return os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin:"+filepath.Join(dir, "bin"))
+}
+
+// stageLibraries lays the libraries that peers lack over the machine's: LD_LIBRARY_PATH would not
+// reach a runtime that conmon starts with an environment of its own.
+func stageLibraries(lib string) error {
+	places, err := filepath.Glob("/usr/lib/*-linux-gnu")
+	if err != nil || len(places) == 0 {
+		return fmt.Errorf("no directory of shared libraries in /usr/lib (%v)", err)
+	}
+	if err := unix.Mount("lib", places[0], "overlay", unix.MS_RDONLY, "lowerdir="+lib+":"+places[0]); err != nil {
+		return fmt.Errorf("overlay on %s: %w", places[0], err)
+	}
+	return nil
 }
 
 // dockerd starts a dockerd with its own containerd on a socket of its own and waits for its API.

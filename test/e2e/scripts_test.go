@@ -121,6 +121,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("DOCKER_CONFIG", docker)
 	env.Setenv("DOCKER_CLI_HINTS", "false")
 	env.Setenv("NO_COLOR", "1")
+	env.Setenv("GOTRACEBACK", "single")
 	env.Setenv("LANG", "C.UTF-8")
 	env.Values[savedKey{}] = &saved{}
 	env.Defer(func() { showLogs(env) })

@@ -60,6 +60,5 @@ type Process struct {
 
 // Down tells what POST down did.
 type Down struct {
-	Stopped int      `json:"stopped"` // containers
-	Failed  []string `json:"failed,omitempty"`
+	Stopped int `json:"stopped"` // containers
 }

@@ -19,6 +19,8 @@ const (
 	// lastOutput bounds the wait for the end of a dead container's output: nobody is left to
 	// write, unless something outside its pid namespace has its FIFO open.
 	lastOutput = time.Second
+	// spoolFull is how often a spool at its limit is tried again; its reader trims it meanwhile.
+	spoolFull = 10 * time.Millisecond
 	// lookAgain is the time to the next look at a process whose status the kernel does not tell
 	// yet, or at a spool that refused output.
 	lookAgain = 20 * time.Millisecond
@@ -179,9 +181,14 @@ func (s *Server) pump(p *proc, st *stream, limit int64) (empty bool) {
 			empty = true
 			break
 		}
+		if errors.Is(err, errdefs.ErrExhausted) { // the reader is slower than the process
+			s.publish(runner.Event{Kind: runner.EventOutput, ID: p.ID})
+			s.mute(p, st, spoolFull)
+			break
+		}
 		if err != nil {
 			s.log.Error("store output", "process", p.ID, "err", err)
-			s.mute(p, st)
+			s.mute(p, st, lastOutput)
 			break
 		}
 		if n == 0 {
@@ -207,17 +214,20 @@ func (s *Server) store(p *proc, st *stream) (int64, error) {
 		}
 		p.writer = w
 	}
+	if p.dying {
+		p.writer.Last()
+	}
 	return p.writer.SpliceFrom(st.fd, st.number)
 }
 
 // mute takes a stream out of the loop for a moment: its spool refuses it, and it stays readable.
-func (s *Server) mute(p *proc, st *stream) {
+func (s *Server) mute(p *proc, st *stream, pause time.Duration) {
 	if p.dying {
 		return // finish tries again
 	}
 	s.unregister(st.fd)
 	s.work.Add(1)
-	time.AfterFunc(lastOutput, func() {
+	time.AfterFunc(pause, func() {
 		defer s.work.Done()
 		s.mu.Lock()
 		defer s.mu.Unlock()

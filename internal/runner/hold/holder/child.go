@@ -16,7 +16,8 @@ import (
 const (
 	backoffFirst = 50 * time.Millisecond
 	backoffMax   = 5 * time.Second
-	steadyAfter  = 10 * time.Second // of life: the next death is respawned at once
+	backoffUp    = 250 * time.Millisecond // at most, for one that was up: somebody killed it
+	steadyAfter  = 10 * time.Second       // of life: the next death is respawned at once
 	logBytes     = 10 << 20
 	// Predecessors leave by themselves once they have parked what they hold.
 	parkGrace = 10 * time.Second
@@ -145,6 +146,11 @@ func (c *child) ended(now time.Time, status syscall.WaitStatus) {
 	case c.wanted || now.Sub(c.since) >= steadyAfter:
 		c.backoff, c.next = 0, now
 	default:
+		limit := backoffMax
+		if c.version != "" { // it said hello
+			limit = backoffUp
+		}
+		c.backoff = min(c.backoff, limit)
 		c.next = now.Add(c.backoff)
 		c.backoff = min(max(2*c.backoff, backoffFirst), backoffMax)
 	}
