@@ -54,7 +54,9 @@ func TestGroupLife(t *testing.T) {
 		t.Fatalf("Pids(%s) = %v, %v; want %d", group, pids, err, sleep.Process.Pid)
 	}
 	stats, err := s.Read(inner)
-	if err != nil || stats.Pids != 1 || stats.MemoryLimit != cgroup.Unlimited || stats.PidsLimit != cgroup.Unlimited {
+	if s.Path("pids", "") == "" || s.Path("memory", "") == "" {
+		t.Log("counters are not looked at: the kernel has no memory or no pids controller")
+	} else if err != nil || stats.Pids != 1 || stats.MemoryLimit != cgroup.Unlimited || stats.PidsLimit != cgroup.Unlimited {
 		t.Errorf("Read(%s) = %+v, %v; want 1 process and no limits", inner, stats, err)
 	}
 	if s.Frozen(inner) {

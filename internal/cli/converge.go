@@ -1,8 +1,11 @@
 package cli
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -92,9 +95,9 @@ func sameArgs(r state.Root, args []string) error {
 	return fmt.Errorf("up: the instance already runs with other flags (%s)", had)
 }
 
-// staleExecutable tells whether process pid runs another file than the one of that name that
-// is on disk now, in dir ("": where its own executable was). A process that has just gone is
-// not stale.
+// staleExecutable tells whether process pid runs another program than the file of that name that
+// is on disk now, in dir ("": where its own executable was). The content decides: a program may
+// run from a sealed copy of itself in memory. A process that has just gone is not stale.
 func staleExecutable(pid int, dir, name string) (foundDir string, stale bool, err error) {
 	link := fmt.Sprintf("/proc/%d/exe", pid)
 	if dir == "" {
@@ -104,13 +107,49 @@ func staleExecutable(pid int, dir, name string) (foundDir string, stale bool, er
 		}
 		dir = filepath.Dir(strings.TrimSuffix(path, " (deleted)"))
 	}
-	running, err := os.Stat(link)
+	running, err := os.Open(link)
 	if err != nil {
 		return dir, false, nil
 	}
-	onDisk, err := os.Stat(filepath.Join(dir, name))
+	defer running.Close()
+	onDisk, err := os.Open(filepath.Join(dir, name))
 	if err != nil {
 		return dir, false, fmt.Errorf("up: the executable of %s is gone: %w", name, err)
 	}
-	return dir, !os.SameFile(running, onDisk), nil
+	defer onDisk.Close()
+	same, err := sameContent(running, onDisk)
+	return dir, !same, err
+}
+
+// sameContent compares two files from their beginning.
+func sameContent(a, b *os.File) (bool, error) {
+	infoA, err := a.Stat()
+	if err != nil {
+		return false, err
+	}
+	infoB, err := b.Stat()
+	if err != nil {
+		return false, err
+	}
+	if os.SameFile(infoA, infoB) {
+		return true, nil
+	}
+	if infoA.Size() != infoB.Size() {
+		return false, nil
+	}
+	var bufA, bufB [128 << 10]byte
+	for {
+		n, errA := io.ReadFull(a, bufA[:])
+		m, errB := io.ReadFull(b, bufB[:])
+		if n != m || !bytes.Equal(bufA[:n], bufB[:m]) {
+			return false, nil
+		}
+		for _, err := range []error{errA, errB} {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				return true, nil
+			} else if err != nil {
+				return false, err
+			}
+		}
+	}
 }

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -136,10 +137,27 @@ func (a *app) downStop(ctx context.Context, r state.Root) error {
 	return nil
 }
 
-// leftBehind tells whether the run directory knows of containers.
+// leftBehind tells whether a process of a container runs, by the records that berth-runner
+// keeps for its own successor.
 func leftBehind(r state.Root) bool {
-	entries, err := os.ReadDir(filepath.Dir(r.Bundle("x")))
-	return err == nil && len(entries) > 0
+	records, err := filepath.Glob(filepath.Join(r.Run, "procs", "*.json"))
+	if err != nil {
+		return false
+	}
+	for _, path := range records {
+		var record struct {
+			PID       int
+			StartTime uint64
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(raw, &record) != nil || record.PID == 0 {
+			continue
+		}
+		if start, err := wire.StartTime(record.PID); err == nil && start == record.StartTime {
+			return true
+		}
+	}
+	return false
 }
 
 // drain makes the daemon stop all containers and give the network back. It returns the

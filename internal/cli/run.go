@@ -130,7 +130,7 @@ func invocationError(err error) error {
 		code = exitNotFound
 	case refused.Kind == "cannot invoke":
 		code = exitNotInvoked
-	case refused.Kind != "": // something else, and the daemon knows
+	case refused.Kind != "" || refused.Status != 400: // something else, and the daemon knows
 	case has("executable file not found", "no such file or directory"):
 		code = exitNotFound
 	case has("permission denied", "is a directory", "not a directory", "exec format error"):

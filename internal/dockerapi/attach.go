@@ -147,7 +147,7 @@ func (d *duplex) join(ctx context.Context, cancel context.CancelFunc, att *engin
 			cancel()
 			return
 		}
-		if att.Stdin != nil {
+		if att.Stdin != nil && !att.Terminal { // a terminal outlives the clients that type in it
 			gate.wait()
 			_ = att.Stdin.Close() // the process may have ended, which is no news here
 		}

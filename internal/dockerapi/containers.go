@@ -2,6 +2,7 @@ package dockerapi
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -134,6 +135,9 @@ func (s *Server) removeContainer(w http.ResponseWriter, r *request) error {
 		return err
 	}
 	err = s.engine.RemoveContainer(r.Context(), c.Config.ID, engine.RemoveOptions{Force: r.boolQuery("force"), Volumes: r.boolQuery("v")})
+	if errors.Is(err, errdefs.ErrNotFound) {
+		err = nil // it was there: its own --rm, or another client, was faster
+	}
 	return noContent(w, err)
 }
 

@@ -151,7 +151,7 @@ func TestVanishedClients(t *testing.T) {
 
 func TestDetachKeys(t *testing.T) {
 	n := newLiveNode(t)
-	c := n.create("", `{"Image":"busybox","Cmd":["cat"],"Tty":true,"OpenStdin":true}`)
+	c := n.create("", `{"Image":"busybox","Cmd":["cat"],"Tty":true,"OpenStdin":true,"StdinOnce":true}`)
 	n.must(204, "POST", "/containers/"+c.Config.ID+"/start", "", nil)
 	past, sub := n.hub.Subscribe(t.Context(), time.Time{})
 	_ = past
@@ -173,6 +173,16 @@ func TestDetachKeys(t *testing.T) {
 		if e.Action != "detach" {
 			t.Errorf("event %s", e.Action)
 		}
+	}
+	// A client that looks for the keys itself just leaves: the terminal stays as well.
+	h := n.hijack("/containers/"+c.Config.ID+"/attach?stream=1&stdin=1&stdout=1", "", true)
+	h.CloseWrite()
+	h.Close()
+	again := n.hijack("/containers/"+c.Config.ID+"/attach?stream=1&stdin=1&stdout=1", "", true)
+	io.WriteString(again, "ho")
+	buf := make([]byte, 2)
+	if _, err := io.ReadFull(again.r, buf); err != nil || string(buf) != "ho" {
+		t.Errorf("after a client left: %q %v", buf, err)
 	}
 	if got, _ := n.engine.Container(c.Config.ID); got.State.Status != engine.StatusRunning {
 		t.Errorf("detaching ended it: %s", got.State.Status)

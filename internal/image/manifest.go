@@ -102,7 +102,7 @@ func (s *Store) readBlob(ctx context.Context, d ocispec.Descriptor, limit int64)
 	if n, err := r.ReadAt(data, 0); int64(n) < d.Size {
 		return nil, fmt.Errorf("read blob %s: %w", d.Digest, err)
 	}
-	if digest.Digest(d.Digest).Algorithm().FromBytes(data) != d.Digest {
+	if d.Digest.Algorithm().FromBytes(data) != d.Digest {
 		return nil, errdefs.New(errdefs.ErrDataLoss, "blob %s is damaged on the disk", d.Digest)
 	}
 	return data, nil

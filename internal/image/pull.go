@@ -182,13 +182,11 @@ func (t *transfer) manifests(ctx context.Context, root ocispec.Descriptor, platf
 		if err != nil {
 			return root, nil, err
 		}
-		if _, p, err := t.manifests(ctx, child, platform, depth+1); err != nil {
+		_, p, err := t.manifests(ctx, child, platform, depth+1)
+		if err != nil {
 			return root, nil, err
-		} else if err := t.s.setLabels(ctx, root.Digest, refLabels("m", child)); err != nil {
-			return root, nil, err
-		} else {
-			return root, p, nil
 		}
+		return root, p, t.s.setLabels(ctx, root.Digest, refLabels("m", child))
 	}
 	p, err := t.image(ctx, root, data)
 	return root, p, err

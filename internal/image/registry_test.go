@@ -28,12 +28,11 @@ type registry struct {
 	log       []string
 	uploads   int
 
-	auth               string // "", "basic", "bearer"
-	user, password     string
-	refresh            string // identity token that is accepted
-	fault              func(w http.ResponseWriter, r *http.Request) bool
-	hideRanges         bool
-	acceptUploadStatus int
+	auth           string // "", "basic", "bearer"
+	user, password string
+	refresh        string // identity token that is accepted
+	fault          func(w http.ResponseWriter, r *http.Request) bool
+	hideRanges     bool
 }
 
 type manifestEntry struct {

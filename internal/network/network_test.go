@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"berth/internal/errdefs"
 	"berth/internal/network"
@@ -88,6 +89,10 @@ func TestTraffic(t *testing.T) {
 		four.wantShut(ip(e1) + ":80")
 	})
 	t.Run("internal has no way out", func(t *testing.T) {
+		// Not even for who makes himself a route.
+		link, err := four.nl.LinkByName("eth0")
+		must(t, err)
+		must(t, four.nl.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: e4[0].Gateway.AsSlice()}))
 		four.wantShut(addrs[1].String() + ":80")
 		if e4[0].DefaultRoute {
 			t.Error("endpoint of an internal network has a default route")
@@ -95,6 +100,19 @@ func TestTraffic(t *testing.T) {
 	})
 	t.Run("no communication within a network", func(t *testing.T) {
 		six.wantShut(ip(e7) + ":80")
+		// Also where bridged frames do not pass the rules.
+		const calls = "/proc/sys/net/bridge/bridge-nf-call-iptables"
+		set := func(v string) error {
+			return a.do(func() error {
+				if err := os.WriteFile(calls, []byte(v), 0); !errors.Is(err, fs.ErrNotExist) {
+					return err
+				}
+				return nil
+			})
+		}
+		must(t, set("0"))
+		six.wantShut(ip(e7) + ":80")
+		must(t, set("1"))
 		six.wantSeen(addrs[1].String()+":80", addrs[0].String())
 	})
 	t.Run("unpublished ports are shut to outside", func(t *testing.T) {
@@ -132,15 +150,40 @@ func TestTraffic(t *testing.T) {
 				t.Errorf("udp %s: %v (%s)", to, err, got)
 			}
 		}
-		// A packet to a loopback address that comes over the bridge is not the host's.
-		link, err := two.nl.LinkByName("eth0")
-		must(t, err)
-		_, lo, _ := net.ParseCIDR("127.0.0.9/32")
-		must(t, two.nl.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: lo, Gw: e2[0].Gateway.AsSlice(), Flags: int(netlink.FLAG_ONLINK)}))
 		must(t, berth.Unpublish(ctx, sandboxID(1)))
 		a.wantShut("127.0.0.1:8080")
 		if got := berth.Published(sandboxID(1)); got != nil {
 			t.Errorf("still published: %v", got)
+		}
+	})
+	t.Run("the host's loopback is out of reach", func(t *testing.T) {
+		var l net.PacketConn
+		must(t, a.do(func() (err error) { l, err = net.ListenPacket("udp4", "127.0.0.1:9001"); return err }))
+		defer l.Close()
+		routes, err := two.nl.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+		must(t, err)
+		for _, r := range routes {
+			if r.Dst.IP[0] == 127 {
+				must(t, two.nl.RouteDel(&r))
+			}
+		}
+		must(t, two.do(func() error {
+			return os.WriteFile("/proc/sys/net/ipv4/conf/eth0/route_localnet", []byte("1"), 0)
+		}))
+		send := func(h *host, text string) {
+			c, err := h.dial("udp4", "127.0.0.1:9001")
+			must(t, err)
+			defer c.Close()
+			_, err = c.Write([]byte(text))
+			must(t, err)
+		}
+		// What two sent would come before what the host sent.
+		send(two, "over the bridge")
+		send(a, "from the host")
+		b := make([]byte, 64)
+		l.SetReadDeadline(time.Now().Add(dialTimeout))
+		if n, _, err := l.ReadFrom(b); err != nil || string(b[:n]) != "from the host" {
+			t.Errorf("received %q, %v", b[:n], err)
 		}
 	})
 	t.Run("counters", func(t *testing.T) {

@@ -309,15 +309,7 @@ func TestPauseUpdateKill(t *testing.T) {
 	if err := c.Resume(n.ctx(), "a"); err != nil {
 		t.Fatal(err)
 	}
-	memory, pids := int64(64<<20), int64(77)
-	err := c.Update(n.ctx(), "a", &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory}, Pids: &specs.LinuxPids{Limit: &pids}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	stats, err := n.groups.Read(cgroup.Parent(n.root) + "/a")
-	if err != nil || stats.MemoryLimit != uint64(memory) || stats.PidsLimit != uint64(pids) || stats.Pids == 0 || stats.CPUNanos == 0 {
-		t.Errorf("stats %+v, %v", stats, err)
-	}
+	n.testUpdate(c, "a")
 	if _, err := c.Exec(n.ctx(), runner.ExecRequest{ID: "e", Container: "a", Process: n.spec("a", "true").Process}); err != nil {
 		t.Errorf("exec after an update: %v", err)
 	}
@@ -336,6 +328,24 @@ func TestPauseUpdateKill(t *testing.T) {
 	}
 	if e := n.wait(c, "b"); e.Code != 137 {
 		t.Errorf("exit %+v", e)
+	}
+}
+
+func (n *node) testUpdate(c *runner.Client, id string) {
+	t := n.t
+	t.Helper()
+	if n.groups.Path("memory", "/") == "" || n.groups.Path("pids", "/") == "" {
+		t.Log("limits are not changed: the kernel has no memory or no pids controller")
+		return
+	}
+	memory, pids := int64(64<<20), int64(77)
+	err := c.Update(n.ctx(), id, &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory}, Pids: &specs.LinuxPids{Limit: &pids}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stats, err := n.groups.Read(cgroup.Parent(n.root) + "/" + id)
+	if err != nil || stats.MemoryLimit != uint64(memory) || stats.PidsLimit != uint64(pids) || stats.Pids == 0 || stats.CPUNanos == 0 {
+		t.Errorf("stats %+v, %v", stats, err)
 	}
 }
 
@@ -390,4 +400,43 @@ func TestInit(t *testing.T) {
 			t.Errorf("%s: exit %+v; want %d", test.script, e, test.code)
 		}
 	}
+}
+
+// TestExecLeavesWriterBehind: a process that an exec'd shell leaves behind must neither be
+// waited for nor come to a halt when nobody reads what it writes.
+func TestExecLeavesWriterBehind(t *testing.T) {
+	n := newNode(t)
+	c := n.dial()
+	r := n.sh("a", "sleep 1000")
+	n.create(c, r)
+	dir := r.Bundle + "/exec-spool"
+	// Three MiB are more than any pipe holds.
+	script := "(while [ ! -e /tmp/go ]; do sleep 0.01; done; seq 1 500000; echo done > /tmp/done) & echo first"
+	p := n.spec("a", "sh", "-c", script).Process
+	if _, err := c.Exec(n.ctx(), runner.ExecRequest{ID: "e", Container: "a", Process: p, IO: runner.IO{Spool: dir}}); err != nil {
+		t.Fatal(err)
+	}
+	if e := n.wait(c, "e"); e.Code != 0 {
+		t.Errorf("exit %+v", e)
+	}
+	if got := n.output(dir, 0); got != "first\n" {
+		t.Errorf("output %q", got)
+	}
+	if err := c.Delete(n.ctx(), "e"); err != nil {
+		t.Fatal(err)
+	}
+	n.killRunner()
+	<-c.Closed()
+	c = n.dial()
+	if err := os.WriteFile(n.rootfs+"/tmp/go", nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.eventually("the writer is done", func() bool {
+		_, err := os.Stat(n.rootfs + "/tmp/done")
+		return err == nil
+	})
+	n.eventually("the holder has let go", func() bool {
+		keys, err := n.holder().List("rest/")
+		return err == nil && len(keys) == 0
+	})
 }

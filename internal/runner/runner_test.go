@@ -135,6 +135,9 @@ func (n *node) clean() {
 	}
 	_ = n.groups.Kill(group)
 	n.eventually("the control group is removed", func() bool { return n.groups.Remove(group) == nil })
+	if log, _ := os.ReadFile(filepath.Join(n.root.State, "log", "berth-runner.log")); strings.Contains(string(log), "DATA RACE") {
+		n.t.Error("the runner has a data race")
+	}
 	if n.t.Failed() {
 		for _, name := range []string{"berth-runner", "berth-holder"} {
 			log, _ := os.ReadFile(filepath.Join(n.root.State, "log", name+".log"))

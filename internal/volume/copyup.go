@@ -41,7 +41,7 @@ func (s *Store) CopyUp(_ context.Context, name, rootfs, path string) error {
 	if v, err = s.Get(name); err != nil {
 		return err
 	}
-	if v.Populated {
+	if v.Populated || v.Options[optionDevice] != "" { // not ours to replace
 		return copyInto(v.Path, from, src)
 	}
 	fresh := filepath.Join(s.dir, name, fillName)

@@ -25,14 +25,15 @@ import (
 	"berth/internal/errdefs"
 )
 
-// DriverLocal is the only driver: a directory on the node's disk.
+// DriverLocal is the only driver: a directory on the node's disk, or what its options mount there.
 const DriverLocal = "local"
 
 const (
 	kind         = "volume"
 	dataName     = "_data"     // what containers mount
 	fillName     = "_data.new" // where the image's files are copied to first
-	maxNameBytes = 255
+	removedName  = ".removed-" // begins the names of directories whose removal was begun
+	maxNameBytes = 240         // leaves room for removedName
 )
 
 // Records keeps volumes' records; package state's Journal is one.
@@ -44,9 +45,9 @@ type Records interface {
 
 // Config asks for a volume.
 type Config struct {
-	Name      string // "": a generated one of 64 hexadecimal digits, and the volume is anonymous
-	Driver    string // "" is local
-	Options   map[string]string
+	Name      string            // "": a generated one of 64 hexadecimal digits, and the volume is anonymous
+	Driver    string            // "" is local
+	Options   map[string]string // of the local driver: type, o, device
 	Labels    map[string]string
 	Anonymous bool
 }
@@ -71,8 +72,9 @@ type Store struct {
 	filling map[string]*sync.Mutex // one copy at a time per volume
 }
 
-// Open loads the records and finishes what a killed process left half-done: directories of
-// volumes that have no record, and unfinished copies.
+// Open loads the records and finishes what a killed process left half-done: removals and
+// copies. A directory with data but without a record, which a power cut can leave, becomes a
+// volume: nobody's data is thrown away for the loss of a record.
 func Open(dir string, records Records) (*Store, error) {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, err
@@ -99,10 +101,8 @@ func (s *Store) repair() error {
 		return err
 	}
 	for _, e := range entries {
-		if s.volumes[e.Name()] == nil {
-			if err := os.RemoveAll(filepath.Join(s.dir, e.Name())); err != nil {
-				return err
-			}
+		if err := s.sweep(e); err != nil {
+			return err
 		}
 	}
 	for name := range s.volumes {
@@ -116,9 +116,35 @@ func (s *Store) repair() error {
 	return nil
 }
 
+// sweep deals with what is found in the directory at the start.
+func (s *Store) sweep(e fs.DirEntry) error {
+	name := e.Name()
+	if strings.HasPrefix(name, removedName) {
+		return removeTree(filepath.Join(s.dir, name))
+	}
+	if s.volumes[name] != nil || !e.IsDir() || CheckName(name) != nil {
+		return nil
+	}
+	if empty, err := isEmpty(s.path(name)); empty || errors.Is(err, fs.ErrNotExist) {
+		return removeTree(filepath.Join(s.dir, name))
+	} else if err != nil {
+		return err
+	}
+	info, err := e.Info()
+	if err != nil {
+		return err
+	}
+	v := &Volume{Config: Config{Name: name, Driver: DriverLocal, Anonymous: anonymousRE.MatchString(name)}, Path: s.path(name), Created: info.ModTime(), Populated: true}
+	s.volumes[name] = v
+	return s.records.Put(kind, name, v)
+}
+
 func (s *Store) path(name string) string { return filepath.Join(s.dir, name, dataName) }
 
-var nameRE = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+var (
+	nameRE      = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
+	anonymousRE = regexp.MustCompile(`^[0-9a-f]{64}$`)
+)
 
 // CheckName tells whether a volume may be called so, in docker's words.
 func CheckName(name string) error {
@@ -131,7 +157,8 @@ func CheckName(name string) error {
 	return nil
 }
 
-// Create makes a volume, or returns the existing one of that name: asking twice is no error.
+// Create makes a volume, or returns the existing one of that name: asking twice is no error,
+// unless other options are asked for: ErrConflict.
 func (s *Store) Create(_ context.Context, c Config) (Volume, error) {
 	if c.Driver == "" {
 		c.Driver = DriverLocal
@@ -139,9 +166,8 @@ func (s *Store) Create(_ context.Context, c Config) (Volume, error) {
 	if c.Driver != DriverLocal {
 		return Volume{}, errdefs.New(errdefs.ErrUnsupported, "error looking up volume plugin %s: plugin %q not found; Berth has the local driver only", c.Driver, c.Driver)
 	}
-	if len(c.Options) > 0 {
-		names := slices.Sorted(maps.Keys(c.Options))
-		return Volume{}, errdefs.New(errdefs.ErrUnsupported, "volume option %q is not supported; Berth's local driver takes none", names[0])
+	if err := checkOptions(c.Options); err != nil {
+		return Volume{}, errdefs.Wrap("create "+c.Name, err)
 	}
 	if c.Name == "" {
 		var b [32]byte
@@ -151,9 +177,15 @@ func (s *Store) Create(_ context.Context, c Config) (Volume, error) {
 	if err := CheckName(c.Name); err != nil {
 		return Volume{}, errdefs.Wrap("create "+c.Name, err)
 	}
+	lock := s.fillLock(c.Name) // one that is being removed is waited for
+	lock.Lock()
+	defer lock.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if v := s.volumes[c.Name]; v != nil {
+		if len(c.Options) > 0 && !maps.Equal(c.Options, v.Options) {
+			return Volume{}, errdefs.New(errdefs.ErrConflict, "create %s: a volume named %s already exists with other options; volume names must be unique", c.Name, c.Name)
+		}
 		return *v, nil
 	}
 	v := &Volume{Config: c, Path: s.path(c.Name), Created: time.Now()}
@@ -189,30 +221,55 @@ func (s *Store) List() []Volume {
 	return out
 }
 
-// Path is the directory that containers mount.
+// Path is the directory that containers mount. For a volume with options it mounts what they
+// describe, unless it is mounted.
 func (s *Store) Path(name string) (string, error) {
 	v, err := s.Get(name)
+	if err == nil {
+		err = s.mountOptions(v)
+	}
 	return v.Path, err
 }
 
-// Remove deletes a volume with its data. The record goes first: what a crash leaves of the
-// directory is swept at the next Open.
+// Remove deletes a volume with its data, but not what its options mounted there. The directory
+// is renamed first: what a crash leaves of it is swept at the next Open.
 func (s *Store) Remove(_ context.Context, name string) error {
-	s.mu.Lock()
-	if s.volumes[name] == nil {
-		s.mu.Unlock()
-		return errdefs.New(errdefs.ErrNotFound, "get %s: no such volume", name)
-	}
-	if err := s.records.Delete(kind, name); err != nil {
-		s.mu.Unlock()
+	lock := s.fillLock(name)
+	lock.Lock()
+	defer lock.Unlock()
+	v, err := s.Get(name)
+	if err != nil {
 		return err
 	}
+	dir, old := filepath.Join(s.dir, name), filepath.Join(s.dir, removedName+name)
+	if err := errors.Join(unmount(v.Path), checkNoMounts(dir)); err != nil {
+		return errdefs.Wrap("remove "+name, err)
+	}
+	if err := os.Rename(dir, old); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove volume %s: %w", name, err)
+	}
+	if err := s.records.Delete(kind, name); err != nil {
+		return errors.Join(err, os.Rename(old, dir))
+	}
+	// The name is free again once nothing is left: a volume of that name may follow at once.
+	err = removeTree(old)
+	s.mu.Lock()
 	delete(s.volumes, name)
+	delete(s.filling, name)
 	s.mu.Unlock()
-	if err := os.RemoveAll(filepath.Join(s.dir, name)); err != nil {
+	if err != nil {
 		return fmt.Errorf("remove volume %s: %w", name, err)
 	}
 	return nil
+}
+
+// removeTree removes a directory with all below, following no symbolic link and entering no
+// other file system.
+func removeTree(dir string) error {
+	if err := checkNoMounts(dir); err != nil {
+		return err
+	}
+	return os.RemoveAll(dir)
 }
 
 // SizeBytes is the apparent size of a volume's files.

@@ -85,7 +85,10 @@ func TestRefusals(t *testing.T) {
 		{volume.Config{Name: ".."}, errdefs.ErrInvalid},
 		{volume.Config{Name: "x"}, errdefs.ErrInvalid},
 		{volume.Config{Name: "ok", Driver: "nfs"}, errdefs.ErrUnsupported},
-		{volume.Config{Name: "ok", Options: map[string]string{"type": "tmpfs"}}, errdefs.ErrUnsupported},
+		{volume.Config{Name: "ok", Options: map[string]string{"type": "tmpfs"}}, errdefs.ErrInvalid},
+		{volume.Config{Name: "ok", Options: map[string]string{"device": "tmpfs"}}, errdefs.ErrInvalid},
+		{volume.Config{Name: "ok", Options: map[string]string{"colour": "red"}}, errdefs.ErrInvalid},
+		{volume.Config{Name: "ok", Options: map[string]string{"size": "1g"}}, errdefs.ErrUnsupported},
 	} {
 		if _, err := s.Create(context.Background(), c.cfg); !errors.Is(err, c.kind) {
 			t.Errorf("%+v: %v", c.cfg, err)
@@ -99,13 +102,16 @@ func TestCrashLeftoversAreSwept(t *testing.T) {
 	if _, err := s.Create(context.Background(), volume.Config{Name: "data"}); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []string{"stray/_data", "data/_data.new/half"} {
+	for _, p := range []string{"stray/_data", "data/_data.new/half", ".removed-old/_data/f", "kept/_data/f"} {
 		if err := os.MkdirAll(filepath.Join(dir, p), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	open(t, dir, r)
-	for _, p := range []string{"stray", "data/_data.new"} {
+	s = open(t, dir, r)
+	if _, err := s.Get("kept"); err != nil {
+		t.Errorf("data without a record: %v", err)
+	}
+	for _, p := range []string{"stray", "data/_data.new", ".removed-old"} {
 		if _, err := os.Stat(filepath.Join(dir, p)); !os.IsNotExist(err) {
 			t.Errorf("%s is still there: %v", p, err)
 		}
@@ -158,5 +164,89 @@ func TestCopyUp(t *testing.T) {
 	must(s.CopyUp(ctx, "esc", root, "/escape"))
 	if _, err := os.Stat(filepath.Join(esc.Path, "secret")); !os.IsNotExist(err) {
 		t.Errorf("a link in the image led to the host's files: %v", err)
+	}
+}
+
+func TestMountedVolumes(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to mount")
+	}
+	ctx, dir, host, r := context.Background(), t.TempDir(), t.TempDir(), records{}
+	s := open(t, dir, r)
+	t.Cleanup(func() {
+		for _, v := range s.List() {
+			_ = syscall.Unmount(v.Path, syscall.MNT_DETACH)
+		}
+	})
+	if err := os.WriteFile(filepath.Join(host, "precious"), []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bind := map[string]string{"type": "none", "o": "bind,ro", "device": host}
+	for name, options := range map[string]map[string]string{
+		"bound": bind, "memory": {"type": "tmpfs", "o": "size=1m,mode=0700,noexec", "device": "tmpfs"},
+		"broken": {"type": "none", "o": "bind", "device": filepath.Join(host, "missing")},
+	} {
+		if _, err := s.Create(ctx, volume.Config{Name: name, Options: options}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.Create(ctx, volume.Config{Name: "memory", Options: bind}); !errors.Is(err, errdefs.ErrConflict) {
+		t.Errorf("other options: %v", err)
+	}
+	path, err := s.Path("bound")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(path, "precious")); err != nil {
+		t.Error(err)
+	}
+	if err := os.WriteFile(filepath.Join(path, "f"), nil, 0o600); !errors.Is(err, syscall.EROFS) {
+		t.Errorf("write to a read-only bind: %v", err)
+	}
+	if path, err = s.Path("memory"); err != nil {
+		t.Fatal(err)
+	}
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(path, &st); err != nil || st.Type != 0x01021994 || st.Blocks*uint64(st.Bsize) != 1<<20 {
+		t.Errorf("tmpfs: %+v, %v", st, err)
+	}
+	s = open(t, dir, r) // a restart mounts nothing twice
+	if _, err := s.Path("memory"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Path("broken"); !errors.Is(err, errdefs.ErrInvalid) || !strings.Contains(err.Error(), "failed to mount local volume: mount "+host+"/missing") {
+		t.Errorf("missing device: %v", err)
+	}
+	// Removing the volume leaves what is bound there alone.
+	if err := s.Remove(ctx, "bound"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(host, "precious")); err != nil {
+		t.Fatalf("the bound directory lost its files: %v", err)
+	}
+	if err := s.Teardown(); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Statfs(path, &st); err != nil || st.Type == 0x01021994 {
+		t.Errorf("still mounted: %v", err)
+	}
+	// What somebody mounted deeper is not removed either.
+	v, err := s.Create(ctx, volume.Config{Name: "deep"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub := filepath.Join(v.Path, "sub")
+	if err := errors.Join(os.Mkdir(sub, 0o700), syscall.Mount(host, sub, "", syscall.MS_BIND, "")); err != nil {
+		t.Fatal(err)
+	}
+	err = s.Remove(ctx, "deep")
+	if !errors.Is(err, errdefs.ErrConflict) {
+		t.Errorf("remove with a mount inside: %v", err)
+	}
+	if err := syscall.Unmount(sub, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(ctx, "deep"); err != nil {
+		t.Error(err)
 	}
 }

@@ -144,6 +144,7 @@ func cmdReboot(ts *testscript.TestScript, neg bool, args []string) {
 	root, err := state.NewRoot(ts.Getenv("BERTH_ROOT"))
 	ts.Check(err)
 	own := ancestors()
+	isolate.Thaw(root.Name())
 	deadline := time.Now().Add(patience(pollTimeout))
 	for {
 		left := 0

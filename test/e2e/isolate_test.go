@@ -90,11 +90,23 @@ func isolated(t *testing.T, script string) ([]byte, error) {
 	// Pdeathsig is of the thread that forks: it must live as long as the child.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	cmd.Cancel = func() error {
+		err := cmd.Process.Kill()
+		thawAll(dir, root)
+		return err
+	}
 	err = cmd.Run()
 	if ctx.Err() != nil {
 		err = fmt.Errorf("killed after %v: %w", limit, err)
 	}
 	return out.Bytes(), err
+}
+
+// thawAll lets paused containers die.
+func thawAll(dir string, root state.Root) {
+	for _, name := range append(instanceNames(dir), root.Name()) {
+		isolate.Thaw(name)
+	}
 }
 
 // ownTimeout reads "# timeout: 10m" from a script's first lines.
@@ -133,6 +145,11 @@ func runInit() (int, error) {
 	if os.Getenv(verboseVar) != "" {
 		args = append(args, "-test.v")
 	}
+	defer func() {
+		if root, err := state.NewRoot(os.Getenv(rootVar)); err == nil {
+			thawAll(filepath.Dir(root.Arg), root)
+		}
+	}()
 	return isolate.Run(exe, args, env)
 }
 

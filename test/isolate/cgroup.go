@@ -62,3 +62,25 @@ func removeTree(dir string) error {
 	}
 	return nil
 }
+
+// Thaw lets the frozen (paused) processes in the cgroups called name go on: on cgroup v1 a frozen
+// process does not even die of SIGKILL, and would keep its namespaces from ending.
+func Thaw(name string) {
+	for _, dir := range Cgroups(name) {
+		_ = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+			if err == nil && entry.IsDir() {
+				// One of the two files exists, in the freezer's hierarchy or on v2.
+				thaw(filepath.Join(path, "freezer.state"), "THAWED")
+				thaw(filepath.Join(path, "cgroup.freeze"), "0")
+			}
+			return nil // what cannot be read is gone
+		})
+	}
+}
+
+func thaw(file, word string) {
+	if f, err := os.OpenFile(file, os.O_WRONLY, 0); err == nil {
+		_, _ = f.WriteString(word)
+		_ = f.Close()
+	}
+}

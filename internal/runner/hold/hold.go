@@ -25,6 +25,9 @@ const (
 	Daemon = wire.Daemon
 )
 
+// claimTimeout bounds the wait for a dead process's lock.
+const claimTimeout = 2 * time.Second
+
 // callTimeout bounds the wait for one answer: restarts and stops take the children's ten
 // seconds of grace, twice.
 const callTimeout = 40 * time.Second
@@ -361,9 +364,16 @@ func Claim(run, name string) error {
 	if err != nil {
 		return &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	if err := syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		_ = syscall.Close(fd)
-		return errdefs.New(errdefs.ErrConflict, "%s: another one already runs on %s", name, run)
+	// A child that the one before us forked and that has not executed its program yet still has
+	// the lock, for a moment.
+	for end := time.Now().Add(claimTimeout); ; time.Sleep(dialEvery) {
+		if err = syscall.Flock(fd, syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			break
+		}
+		if time.Now().After(end) {
+			_ = syscall.Close(fd)
+			return errdefs.New(errdefs.ErrConflict, "%s: another one already runs on %s", name, run)
+		}
 	}
 	start, err := wire.StartTime(os.Getpid())
 	if err != nil {

@@ -78,16 +78,22 @@ func Launch(ctx context.Context, root state.Root, dir string, daemonArgs []strin
 	return errdefs.New(errdefs.ErrUnavailable, "start berth-holder: it ended at once; its log is %s", log.Name())
 }
 
-// Survive blocks until the holder that client speaks to is gone. Then it makes sure that there
-// is a new one (whoever of the runner and the daemon is first starts it; a lock decides), lets
-// park put there a copy of everything that must not close, and returns nil: the caller must
-// then exit, the new holder starts its successor. It returns ctx's error when that ends first.
+// Survive blocks until the holder that client speaks to is gone, and then is Revive. It
+// returns ctx's error when that ends first.
 func Survive(ctx context.Context, root state.Root, client *Client, park func(*Client) error) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-client.Lost():
+		return Revive(ctx, root, park)
 	}
+}
+
+// Revive makes sure that there is a new holder after the caller's died (whoever of the runner
+// and the daemon is first starts it; a lock decides), lets park put there a copy of everything
+// that must not close, and returns nil: the caller must then exit, the new holder starts its
+// successor. After an error the caller still holds all it held: it may go on and try again.
+func Revive(ctx context.Context, root state.Root, park func(*Client) error) error {
 	dir, err := programDir()
 	if err != nil {
 		return err

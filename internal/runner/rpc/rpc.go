@@ -15,6 +15,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +27,9 @@ const (
 	maxInline  = 32 << 10 // bytes of JSON in the packet itself
 	MaxMessage = 16 << 20 // bytes of JSON
 	maxFDs     = 4
+
+	// sendTimeout is for a receiver that does not take its messages.
+	sendTimeout = 20 * time.Second
 )
 
 // Operations.
@@ -123,6 +127,9 @@ func (c *Conn) Send(m *Message) error {
 	}
 	c.send.Lock()
 	defer c.send.Unlock()
+	if err := c.socket.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
+		return err
+	}
 	_, _, err = c.socket.WriteMsgUnix(packet, rights, nil)
 	return err
 }

@@ -146,6 +146,9 @@ func (s *Server) adoptRest(known map[string]record) error {
 			}
 		}
 	}
+	if err := s.adoptRests(); err != nil {
+		return err
+	}
 	ids, err := s.launcher.IDs()
 	if err != nil {
 		return err

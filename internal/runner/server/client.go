@@ -109,19 +109,41 @@ func (c *client) read() {
 			}
 			s.mu.Unlock()
 		default:
-			s.requests <- struct{}{}
-			s.work.Add(1)
-			go func() {
-				defer func() {
-					<-s.requests
-					s.work.Done()
-				}()
-				result, fds, err := s.handle(m)
-				c.answer(m.Seq, result, fds, err)
-				closeAll(fds)
-			}()
+			c.begin(m)
 		}
 	}
+}
+
+// begin handles a request in a goroutine of its own once there is a place for it.
+func (c *client) begin(m *rpc.Message) {
+	s := c.server
+	place := s.requests
+	switch m.Op {
+	case rpc.OpCreate, rpc.OpStart, rpc.OpExec, rpc.OpPause, rpc.OpResume, rpc.OpUpdate:
+	default:
+		place = s.urgent // they do not wait for another operation, or end it
+	}
+	place <- struct{}{}
+	s.mu.Lock()
+	closing := s.closing
+	if !closing {
+		s.work.Add(1)
+	}
+	s.mu.Unlock()
+	if closing {
+		<-place
+		c.answer(m.Seq, nil, nil, errdefs.New(errdefs.ErrUnavailable, "berth-runner: %s: it is ending; try again", m.Op))
+		return
+	}
+	go func() {
+		defer func() {
+			<-place
+			s.work.Done()
+		}()
+		result, fds, err := s.handle(m)
+		c.answer(m.Seq, result, fds, err)
+		closeAll(fds)
+	}()
 }
 
 // answer sends the result of a request, or why there is none. fds stay the caller's.

@@ -133,17 +133,24 @@ func (s *Server) reserve(p *proc) error {
 }
 
 // launchInto makes p's streams, starts it, and puts what must not close into the holder: the
-// pipes before, the rest right after.
+// pipes before the program runs, the rest right after it is there.
 func (s *Server) launchInto(p *proc, start func(launch.Stdio) (int, error)) error {
 	ends, err := s.openStdio(p)
 	if err != nil {
 		return err
 	}
 	defer ends.close()
-	if err := s.keepStreams(p); err != nil {
-		return err
+	keeping := s.goKeepStreams(p)
+	if !p.first() { // an exec'd program runs when start returns, a container's waits
+		if err := <-keeping; err != nil {
+			return err
+		}
 	}
 	pid, err := start(ends.Stdio)
+	var keepErr error
+	if p.first() {
+		keepErr = <-keeping
+	}
 	if err != nil {
 		return err
 	}
@@ -156,7 +163,7 @@ func (s *Server) launchInto(p *proc, start func(launch.Stdio) (int, error)) erro
 	s.mu.Lock()
 	p.pidfd = pidfd
 	s.mu.Unlock()
-	if err != nil {
+	if err := errors.Join(err, keepErr); err != nil {
 		return err
 	}
 	if p.Terminal {
@@ -167,10 +174,15 @@ func (s *Server) launchInto(p *proc, start func(launch.Stdio) (int, error)) erro
 			return err
 		}
 	}
-	if _, err := s.update(p, func(r *record) { r.PID, r.StartTime = pid, startTime }); err != nil {
-		return err
-	}
-	return s.keepPidfd(p)
+	_, err = s.update(p, func(r *record) { r.PID, r.StartTime = pid, startTime })
+	return errors.Join(err, s.keepPidfd(p))
+}
+
+// goKeepStreams is keepStreams beside other work.
+func (s *Server) goKeepStreams(p *proc) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- s.keepStreams(p) }()
+	return done
 }
 
 // begin lets a created container's program start.
@@ -205,9 +217,11 @@ func (s *Server) abort(p *proc) {
 			reap(pidfd)
 		}
 		s.mu.Lock()
+		p.ended, p.Exit = true, &runner.Exit{Code: -1, At: time.Now()} // for a deletion that waits
 		p.closeFDs()
 		s.mu.Unlock()
 		s.letGo(p.record)
+		close(p.cleaned)
 	}
 	if err := errors.Join(err, s.sweep(p.record)); err != nil {
 		s.log.Error("remove a process that did not start", "process", p.ID, "err", err)

@@ -33,7 +33,8 @@ const (
 type source struct {
 	proc *proc
 	kind sourceKind
-	at   *stream
+	at   *stream // with fromStream
+	rest *rest   // with fromRest
 }
 
 type sourceKind uint8
@@ -42,6 +43,7 @@ const (
 	fromPidfd sourceKind = iota
 	fromStream
 	fromPty
+	fromRest
 )
 
 // register puts a process's descriptors into the loop's hands.
@@ -113,9 +115,15 @@ func (s *Server) loop(ctx context.Context) {
 func (s *Server) look(fd int, src source) {
 	switch src.kind {
 	case fromStream:
+		if src.proc.Terminal {
+			s.pumpPty(src.proc, turnBytes) // through its pipe
+			return
+		}
 		s.pump(src.proc, src.at, turnBytes)
 	case fromPty:
 		s.pumpPty(src.proc, turnBytes)
+	case fromRest:
+		s.discardRest(fd, src.rest)
 	case fromPidfd:
 		if !dead(fd) {
 			return
@@ -226,9 +234,7 @@ func (s *Server) mute(p *proc, st *stream, pause time.Duration) {
 		return // finish tries again
 	}
 	s.unregister(st.fd)
-	s.work.Add(1)
 	time.AfterFunc(pause, func() {
-		defer s.work.Done()
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		for _, have := range p.streams { // still open, and the same
@@ -300,8 +306,12 @@ func (s *Server) drained(p *proc) bool {
 	}
 	all := true
 	for _, st := range p.streams {
-		empty := s.pump(p, st, turnBytes)
-		all = all && empty && (st.eof || !p.first())
+		if !p.first() {
+			// What others that it left behind write from now on is not its output any more.
+			s.pump(p, st, 2*pipeBytes)
+			continue
+		}
+		all = s.pump(p, st, turnBytes) && st.eof && all
 	}
 	return all
 }
@@ -334,6 +344,7 @@ func (s *Server) finish(p *proc) bool {
 	}
 	s.unregister(p.pty)
 	s.unregister(p.pidfd)
+	s.leaveRest(p)
 	s.mu.Lock()
 	p.ended, p.created = true, false
 	p.closeFDs()
@@ -342,12 +353,12 @@ func (s *Server) finish(p *proc) bool {
 	delete(s.ending, p)
 	s.mu.Unlock()
 	s.publish(runner.Event{Kind: runner.EventExit, ID: p.ID, Exit: exit})
-	for _, w := range waiters {
-		w.client.answer(w.seq, exit, nil, nil)
-	}
-	s.work.Add(1)
-	go func() { // its life is bounded by the holder's answers
-		defer s.work.Done()
+	go func() { // bounded by the time a client has to take an answer, and the holder to give one
+		for _, w := range waiters {
+			w.client.answer(w.seq, exit, nil, nil)
+		}
+	}()
+	go func() {
 		defer close(p.cleaned)
 		s.letGo(r)
 	}()

@@ -212,6 +212,12 @@ func (s *Server) remove(id string) error {
 		return errdefs.New(errdefs.ErrUnavailable, "delete %s: another operation on it does not end", id)
 	}
 	defer func() { <-p.op }()
+	s.mu.Lock()
+	gone := s.procs[id] != p
+	s.mu.Unlock()
+	if gone { // its creation failed, or another deletion was faster
+		return nil
+	}
 	s.killHard(p) // that operation may have been its start
 	victims := s.inContainer(p)
 	var errs []error

@@ -34,10 +34,11 @@ import (
 
 // Limits of a runner.
 const (
-	maxRequests = 64 // under way at once
+	maxRequests = 64 // under way at once, and as many of those that must get through when others hang
 	maxStarts   = 16 // of them, creates and execs
 	maxConns    = 64
 	lastWords   = 5 * time.Second // for requests under way when it is told to end
+	reviveAgain = time.Second     // between tries to bring up a new holder
 )
 
 // Config says what to run for.
@@ -58,6 +59,7 @@ type Server struct {
 	wake  int // eventfd that makes the loop look around
 
 	requests chan struct{} // a place for each request under way
+	urgent   chan struct{} // of those that must get through
 	starts   chan struct{}
 	work     sync.WaitGroup
 
@@ -66,7 +68,9 @@ type Server struct {
 	procs   map[string]*proc
 	sources map[int]source // by descriptor
 	ending  map[*proc]struct{}
+	rests   int
 	conns   map[*client]struct{}
+	closing bool // no more requests are taken
 }
 
 // Run serves until ctx ends or the holder dies; in the latter case it first brings up a new
@@ -92,31 +96,49 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
+	s.serve(ctx, listener)
+	return nil
+}
+
+// serve runs the parts until ctx ends or the holder is lost and replaced.
+func (s *Server) serve(ctx context.Context, listener *net.UnixListener) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		s.loop(ctx)
-	}()
-	go func() {
+	// The loop goes on while the last requests are: they may wait for a process's end.
+	looping, stopLoop := context.WithCancel(context.Background())
+	var parts sync.WaitGroup
+	parts.Go(func() { s.loop(looping) })
+	parts.Go(func() {
 		<-ctx.Done()
 		_ = listener.Close()
-		s.poke()
-	}()
-	survived := make(chan error, 1)
-	go func() {
-		survived <- hold.Survive(ctx, c.Root, s.holder, s.park)
+	})
+	parts.Go(func() {
+		s.survive(ctx)
 		cancel()
-	}()
+	})
 	s.accept(listener)
 	cancel()
 	s.finishRequests()
-	<-stopped
-	if err := <-survived; err != nil && !errors.Is(err, context.Canceled) {
-		return err
+	stopLoop()
+	s.poke()
+	parts.Wait()
+	if len(s.procs) == 0 {
+		_ = s.groups.Remove(cgroup.Parent(s.Root)) // made anew when it is needed
 	}
-	return nil
+}
+
+// survive returns when everything is parked in a new holder, or ctx ends. Without a holder we
+// are the only one who holds what must not close: giving up is no choice.
+func (s *Server) survive(ctx context.Context) {
+	err := hold.Survive(ctx, s.Root, s.holder, s.park)
+	for err != nil && ctx.Err() == nil {
+		s.log.Error("bring up a new holder; trying again", "err", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(reviveAgain):
+		}
+		err = hold.Revive(ctx, s.Root, s.park)
+	}
 }
 
 func newServer(c Config) (*Server, error) {
@@ -132,7 +154,7 @@ func newServer(c Config) (*Server, error) {
 		Config: c, boot: strings.TrimSpace(string(boot)), groups: groups,
 		launcher: launch.Launcher{Dir: filepath.Join(c.Root.Run, "libcontainer")},
 		log:      slog.New(slog.NewTextHandler(os.Stderr, nil)),
-		requests: make(chan struct{}, maxRequests), starts: make(chan struct{}, maxStarts),
+		requests: make(chan struct{}, maxRequests), urgent: make(chan struct{}, maxRequests), starts: make(chan struct{}, maxStarts),
 		procs: map[string]*proc{}, sources: map[int]source{}, ending: map[*proc]struct{}{}, conns: map[*client]struct{}{},
 	}
 	for _, dir := range []string{c.Root.Run, s.recordsDir(), s.ioDir(), s.launcher.Dir} {
@@ -156,6 +178,7 @@ func (s *Server) recordsDir() string     { return filepath.Join(s.Root.Run, "pro
 func (s *Server) ioDir() string          { return filepath.Join(s.Root.Run, "io") }
 func (s *Server) fifos(id string) string { return filepath.Join(s.ioDir(), id) }
 func holderKey(id, nonce string) string  { return "proc/" + id + "/" + nonce }
+func restKey(id, nonce string) string    { return restPrefix + id + "/" + nonce }
 func pidfdKey(id, nonce string) string   { return "pidfd/" + id + "/" + nonce }
 func (s *Server) watch(fd int, events uint32) error {
 	err := unix.EpollCtl(s.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: events, Fd: int32(fd)})
@@ -254,6 +277,9 @@ func (s *Server) admit(socket *net.UnixConn) error {
 
 // finishRequests gives requests under way a moment, then ends the connections.
 func (s *Server) finishRequests() {
+	s.mu.Lock()
+	s.closing = true
+	s.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
 		s.work.Wait()
@@ -272,7 +298,11 @@ func (s *Server) finishRequests() {
 }
 
 // park puts a copy of all that must not close into a new holder.
-func (s *Server) park(next *hold.Client) error {
+func (s *Server) park(*hold.Client) error {
+	next, err := hold.Dial(s.Root.Socket("holder")) // one that stays for requests under way
+	if err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.holder = next
 	all := make([]*proc, 0, len(s.procs))
@@ -299,15 +329,20 @@ func (s *Server) keepStreams(p *proc) error {
 }
 
 func (s *Server) keepPidfd(p *proc) error {
-	err := s.keepAs(p, pidfdKey, func(p *proc) []int { return []int{p.pidfd} })
 	s.mu.Lock()
 	holder, pid, start := s.holder, p.PID, p.StartTime
 	ended := p.ended || p.dying
 	s.mu.Unlock()
-	if pid > 0 && !ended {
-		err = errors.Join(err, holder.Watch(pid, start))
-	}
-	return err
+	watched := make(chan error, 1)
+	go func() { // its answer need not be waited for before the other question
+		if pid > 0 && !ended {
+			watched <- holder.Watch(pid, start)
+			return
+		}
+		watched <- nil
+	}()
+	err := s.keepAs(p, pidfdKey, func(p *proc) []int { return []int{p.pidfd} })
+	return errors.Join(err, <-watched)
 }
 
 func (s *Server) keepAs(p *proc, key func(id, nonce string) string, which func(*proc) []int) error {

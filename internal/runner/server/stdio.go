@@ -223,7 +223,7 @@ func (s *Server) closeStdin(id string) error {
 		s.mu.Unlock()
 		return errNoProcess(id)
 	}
-	fd := p.stdin
+	fd, only := p.stdin, len(p.streams) == 0
 	p.stdin = -1
 	s.mu.Unlock()
 	if fd < 0 {
@@ -234,9 +234,8 @@ func (s *Server) closeStdin(id string) error {
 	if err != nil {
 		return err
 	}
-	if len(p.streams) == 0 {
-		r := p.record
-		return s.holderNow().Drop(holderKey(r.ID, r.Nonce))
+	if only {
+		return s.holderNow().Drop(holderKey(p.ID, p.Nonce))
 	}
 	return s.keepStreams(p)
 }

@@ -1,0 +1,8 @@
+package criapi
+
+// For tests in package criapi_test.
+
+var (
+	DialInside = dialInside
+	ObjectName = objectName
+)
