@@ -8,7 +8,7 @@ mkdir -p "$cache"
 
 front=$cache/guestbook-front
 CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags '-s -w' -o "$front" ./examples/guestbook/front
-debs=$(hack/deb.sh busybox-static redis-tools)
+debs=$(hack/deb.sh busybox-static redis-tools libc6)
 key=$( (echo "$debs"; cat hack/mkimage/*.go "$front") | sha256sum | cut -c1-16)
 if [ ! -e "$cache/$key/.complete" ]; then
 	echo "building images" >&2

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"context"
-	"net"
+	"berth/internal/criapi"
 )
 
-type noCRI struct{}
-
-func (noCRI) Serve(ctx context.Context, l net.Listener) error { <-ctx.Done(); return nil }
-
-func (d *daemon) criServer() noCRI { return noCRI{} }
+// criServer serves the engine as Kubernetes' container runtime interface.
+func (d *daemon) criServer() *criapi.Server {
+	return criapi.New(criapi.Options{Engine: d.engine, Images: d.images, Version: version, ImageDir: d.root.Images()})
+}

@@ -16,6 +16,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/pflag"
+	"k8s.io/klog/v2"
 
 	"berth/internal/state"
 )
@@ -72,6 +73,7 @@ func run() error {
 		level = slog.LevelDebug
 	}
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
+	klog.SetSlogLogger(slog.Default()) // what serves CRI streams logs through it
 	root, err := state.NewRoot(f.root)
 	if err != nil {
 		return err

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -123,9 +122,9 @@ func busyboxLayer(debs packages) (*tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	program := filepath.Join(root, "bin/busybox")
-	if _, err := os.Stat(program); errors.Is(err, fs.ErrNotExist) {
-		program = filepath.Join(root, "usr/bin/busybox") // newer Debian: merged /usr
+	program, err := locate(root, "/bin/busybox")
+	if err != nil {
+		return nil, err
 	}
 	t := base()
 	if err := t.copy("/bin/busybox", program, 0o755); err != nil {

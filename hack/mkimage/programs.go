@@ -18,12 +18,10 @@ func (t *tree) programs(debs packages, pkg string, paths ...string) error {
 	if err != nil {
 		return err
 	}
-	// The two programs may be links into the package or across packages; follow them there.
 	for _, path := range paths {
-		file, err := filepath.EvalSymlinks(filepath.Join(root, path))
+		file, err := locate(root, path)
 		if err != nil {
-			// redis-server is a link of its own package to a program of redis-tools
-			file = filepath.Join(root, filepath.Dir(path), "redis-check-rdb")
+			return fmt.Errorf("%s: %w", pkg, err)
 		}
 		if err := t.copy(path, file, 0o755); err != nil {
 			return err
@@ -33,6 +31,21 @@ func (t *tree) programs(debs packages, pkg string, paths ...string) error {
 		}
 	}
 	return nil
+}
+
+// locate finds a program in an unpacked package: at its path, at the same below /usr (newer
+// Debian), or, for redis-server, where its own package links it to.
+func locate(root, path string) (string, error) {
+	candidates := []string{path, "/usr" + path}
+	if filepath.Base(path) == "redis-server" {
+		candidates = append(candidates, filepath.Join(filepath.Dir(path), "redis-check-rdb"))
+	}
+	for _, candidate := range candidates {
+		if file, err := filepath.EvalSymlinks(filepath.Join(root, candidate)); err == nil && isFile(file) {
+			return file, nil
+		}
+	}
+	return "", fmt.Errorf("%s is not in it", path)
 }
 
 // closure collects what executables need.

@@ -202,6 +202,23 @@ func (s Systems) Kill(group string) error {
 	return err
 }
 
+// KillEverywhere is Kill that looks into every v1 hierarchy: a process that was caught while it
+// was put into a group is in some of them only.
+func (s Systems) KillEverywhere(group string) error {
+	errs := []error{s.Kill(group)}
+	if s.Mode == V2 {
+		return errs[0]
+	}
+	for _, path := range s.Paths(group) {
+		pids, err := procs(path)
+		errs = append(errs, err)
+		for _, pid := range pids {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Frozen tells whether the group is frozen. One that is not there is not.
 func (s Systems) Frozen(group string) bool {
 	if s.Mode == V2 {

@@ -10,8 +10,11 @@ import (
 	"net/url"
 	"strings"
 	"syscall"
+	"time"
 
 	"berth/internal/cli/unixhttp"
+	"berth/internal/runner/hold"
+	"berth/internal/runner/hold/wire"
 )
 
 // apiVersion is the Docker API version whose words this client uses.
@@ -47,9 +50,11 @@ func (a *app) do(ctx context.Context, req unixhttp.Request) (*unixhttp.Response,
 	if err != nil {
 		return nil, err
 	}
+	ctx, answered := a.watchResting(ctx)
 	resp, err := c.Do(ctx, req)
+	answered()
 	if err != nil {
-		return nil, a.unreachable(err)
+		return nil, a.unreachable(ctx, err)
 	}
 	if resp.Status >= 400 {
 		return nil, readError(resp)
@@ -57,15 +62,41 @@ func (a *app) do(ctx context.Context, req unixhttp.Request) (*unixhttp.Response,
 	return resp, nil
 }
 
+// restingAfter is how long a request waits for its answer before it is asked whether anybody
+// will give one: berth-holder keeps the socket open while the daemon is away.
+const restingAfter = 300 * time.Millisecond
+
+// watchResting ends the context when the daemon is away on purpose. The function it returns
+// ends the watch.
+func (a *app) watchResting(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	timer := time.AfterFunc(restingAfter, func() {
+		r, err := a.instance()
+		if err != nil {
+			return
+		}
+		h, err := hold.Dial(r.Socket("holder"))
+		if err != nil {
+			return
+		}
+		defer h.Close()
+		if s, err := h.Status(); err == nil && s.Mode == wire.ModeKept {
+			cancel(platformError(fmt.Errorf("Berth was told to rest while its containers go on; '%s' makes it manage them again", a.hint("up"))))
+		}
+	})
+	return ctx, func() { timer.Stop() }
+}
+
 // unreachable turns a failed connection into words.
-func (a *app) unreachable(err error) error {
+func (a *app) unreachable(ctx context.Context, err error) error {
+	var resting *exitError
+	if errors.As(context.Cause(ctx), &resting) {
+		return resting
+	}
 	if errors.Is(err, context.Canceled) {
 		return &exitError{code: exitSignalledBy + int(syscall.SIGINT), err: errors.New("interrupted")}
 	}
-	socket, start := a.api.Socket, "berth up"
-	if a.rootArg != "" {
-		start += " --root " + a.rootArg
-	}
+	socket, start := a.api.Socket, a.hint("up")
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return platformError(fmt.Errorf("no Berth answers at %s; start it with '%s'", socket, start))

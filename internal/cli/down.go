@@ -74,7 +74,7 @@ func (a *app) downKeep(ctx context.Context, r state.Root) error {
 	var node nodewire.Status
 	err = a.call(ask, "GET", route("status"), nil, &node)
 	if c := node.Containers; err == nil && c.Running+c.Paused+c.Restarting == 0 {
-		return a.stopInstance(r, h, s, node.Sockets)
+		return a.downStop(ctx, r) // there is nothing to hold
 	}
 	if err := h.Stop(true); err != nil {
 		return err

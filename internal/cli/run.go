@@ -234,10 +234,12 @@ func (a *app) hijack(ctx context.Context, req unixhttp.Request) (*unixhttp.Strea
 	if err != nil {
 		return nil, err
 	}
+	ctx, answered := a.watchResting(ctx)
 	stream, refused, err := c.Hijack(ctx, req)
+	answered()
 	switch {
 	case err != nil:
-		return nil, a.unreachable(err)
+		return nil, a.unreachable(ctx, err)
 	case refused != nil:
 		return nil, readError(refused)
 	}

@@ -63,92 +63,97 @@ func (o *runFlags) storage(r *createRequest) error {
 	return nil
 }
 
+// mountFlag is a --mount being read.
+type mountFlag struct {
+	mount
+	bind   bindOptions
+	volume volumeOptions
+	tmpfs  tmpfsOptions
+	used   map[string]string // type → an option that belongs to it
+}
+
 // parseMount reads the value of --mount.
 func parseMount(text string) (mount, error) {
-	wrong := func(format string, args ...any) (mount, error) {
-		return mount{}, fmt.Errorf("--mount %s: %s", text, fmt.Sprintf(format, args...))
-	}
+	wrong := func(err error) (mount, error) { return mount{}, fmt.Errorf("--mount %s: %w", text, err) }
 	fields, err := csv.NewReader(strings.NewReader(text)).Read()
 	if err != nil {
-		return wrong("malformed")
+		return wrong(errors.New("malformed"))
 	}
-	m := mount{Type: "volume"}
-	var bind bindOptions
-	var volume volumeOptions
-	var tmpfs tmpfsOptions
-	used := map[string]string{} // type → option that belongs to it
+	m := mountFlag{mount: mount{Type: "volume"}, used: map[string]string{}}
 	for _, f := range fields {
 		key, value, hasValue := strings.Cut(f, "=")
-		on := !hasValue || value == "true" || value == "1"
-		key = strings.ToLower(key)
-		switch key {
-		case "type":
-			m.Type = strings.ToLower(value)
-		case "source", "src":
-			m.Source = value
-			if strings.HasPrefix(value, "."+string(filepath.Separator)) || value == "." {
-				if m.Source, err = filepath.Abs(value); err != nil {
-					return mount{}, err
-				}
-			}
-		case "target", "dst", "destination":
-			m.Target = value
-		case "readonly", "ro":
-			m.ReadOnly = on
-		case "bind-propagation":
-			bind.Propagation, used["bind"] = value, key
-		case "bind-nonrecursive":
-			bind.NonRecursive, used["bind"] = on, key
-		case "bind-create-src":
-			bind.CreateMountpoint, used["bind"] = on, key
-		case "volume-nocopy":
-			volume.NoCopy, used["volume"] = on, key
-		case "volume-label":
-			if volume.Labels == nil {
-				volume.Labels = map[string]string{}
-			}
-			k, v, _ := strings.Cut(value, "=")
-			volume.Labels[k], used["volume"] = v, key
-		case "tmpfs-size":
-			if tmpfs.SizeBytes, err = units.RAMInBytes(value); err != nil {
-				return wrong("%s is not a size", value)
-			}
-			used["tmpfs"] = key
-		case "tmpfs-mode":
-			mode, err := strconv.ParseUint(value, 8, 32)
-			if err != nil {
-				return wrong("%s is not a mode in octal digits", value)
-			}
-			tmpfs.Mode, used["tmpfs"] = uint32(mode), key
-		default:
-			return wrong("option %q is not supported", key)
+		if err := m.set(strings.ToLower(key), value, !hasValue || value == "true" || value == "1"); err != nil {
+			return wrong(err)
 		}
 	}
-	for typ, option := range used {
+	for typ, option := range m.used {
 		if typ != m.Type {
-			return wrong("%s does not belong to type=%s", option, m.Type)
+			return wrong(fmt.Errorf("%s does not belong to type=%s", option, m.Type))
 		}
 	}
-	switch m.Type {
-	case "bind":
-		if used["bind"] != "" {
-			m.BindOptions = &bind
+	if m.used["bind"] != "" {
+		m.BindOptions = &m.bind
+	}
+	if m.used["volume"] != "" {
+		m.VolumeOptions = &m.volume
+	}
+	if m.used["tmpfs"] != "" {
+		m.TmpfsOptions = &m.tmpfs
+	}
+	switch {
+	case m.Type != "bind" && m.Type != "volume" && m.Type != "tmpfs":
+		return wrong(fmt.Errorf("type %q is not supported; use bind, volume or tmpfs", m.Type))
+	case m.Target == "":
+		return wrong(errors.New("a target is missing"))
+	}
+	return m.mount, nil
+}
+
+// set takes one option; on is its value as a switch.
+func (m *mountFlag) set(key, value string, on bool) (err error) {
+	if typ, _, ok := strings.Cut(key, "-"); ok {
+		m.used[typ] = key
+	}
+	switch key {
+	case "type":
+		m.Type = strings.ToLower(value)
+	case "source", "src":
+		m.Source = value
+		if value == "." || strings.HasPrefix(value, "./") || strings.HasPrefix(value, "../") {
+			m.Source, err = filepath.Abs(value)
 		}
-	case "volume":
-		if used["volume"] != "" {
-			m.VolumeOptions = &volume
+	case "target", "dst", "destination":
+		m.Target = value
+	case "readonly", "ro":
+		m.ReadOnly = on
+	case "bind-propagation":
+		m.bind.Propagation = value
+	case "bind-nonrecursive":
+		m.bind.NonRecursive = on
+	case "bind-create-src":
+		m.bind.CreateMountpoint = on
+	case "volume-nocopy":
+		m.volume.NoCopy = on
+	case "volume-label":
+		if m.volume.Labels == nil {
+			m.volume.Labels = map[string]string{}
 		}
-	case "tmpfs":
-		if used["tmpfs"] != "" {
-			m.TmpfsOptions = &tmpfs
+		k, v, _ := strings.Cut(value, "=")
+		m.volume.Labels[k] = v
+	case "tmpfs-size":
+		if m.tmpfs.SizeBytes, err = units.RAMInBytes(value); err != nil {
+			return fmt.Errorf("%s is not a size", value)
 		}
+	case "tmpfs-mode":
+		mode, err := strconv.ParseUint(value, 8, 32)
+		if err != nil {
+			return fmt.Errorf("%s is not a mode in octal digits", value)
+		}
+		m.tmpfs.Mode = uint32(mode)
 	default:
-		return wrong("type %q is not supported; use bind, volume or tmpfs", m.Type)
+		return fmt.Errorf("option %q is not supported", key)
 	}
-	if m.Target == "" {
-		return wrong("a target is missing")
-	}
-	return m, nil
+	return err
 }
 
 func parseDevice(text string) (deviceMapping, error) {

@@ -75,7 +75,8 @@ func (a *app) status(ctx context.Context, r state.Root) statusReport {
 	report.Processes = processes(s)
 	report.State = "starting"
 	if s.Mode != wire.ModeRunning {
-		report.State = "resting"
+		report.State = "resting" // its socket is kept open, but nobody would answer
+		return report
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()

@@ -3,238 +3,260 @@ package criapi
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"strings"
+	"math"
 	"time"
 
-	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"berth/internal/engine"
 	"berth/internal/errdefs"
 )
 
-// Reasons of an end, in the words of other runtimes; the kubelet shows them.
-const (
-	reasonCompleted  = "Completed"
-	reasonError      = "Error"
-	reasonOOMKilled  = "OOMKilled"
-	reasonStartError = "StartError"
-	reasonUnknown    = "Unknown"
-)
+// container finds a container that was made through the CRI.
+func (s *Server) container(id string) (engine.Container, containerDialect, error) {
+	var d containerDialect
+	if id == "" {
+		return engine.Container{}, d, invalid("container_id is missing")
+	}
+	c, err := s.Engine.Container(id)
+	if err != nil {
+		return c, d, err
+	}
+	if c.Config.Owner != engine.OwnerCRI || json.Unmarshal(c.Config.Dialect, &d) != nil {
+		return c, d, missing("container", id)
+	}
+	return c, d, nil
+}
 
-// exitStartError is the exit code of a container that could not be started.
-const exitStartError = 128
+// running finds a container that runs.
+func (s *Server) running(id string) (engine.Container, error) {
+	c, _, err := s.container(id)
+	if err == nil && containerState(c) != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		err = errdefs.New(errdefs.ErrConflict, "container %s is not running", c.Config.ID)
+	}
+	return c, err
+}
 
-// container returns a container that CRI made.
-func (s *Server) container(ref string) (engine.Container, error) {
+func (r *runtimeService) CreateContainer(ctx context.Context, req *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
+	var p pod
+	var err error
+	if p.box, p.dialect, err = r.readySandbox(req.GetPodSandboxId()); err != nil {
+		return nil, err
+	}
+	if p.config, err = p.dialect.config(); err != nil {
+		return nil, err
+	}
+	ref := req.GetConfig().GetImage().GetImage()
 	if ref == "" {
-		return engine.Container{}, invalid("no container was named")
+		return nil, invalid("config.image.image is missing")
 	}
-	c, err := s.Engine.Container(ref)
-	if err != nil {
-		return c, err
-	}
-	if c.Config.Owner != engine.OwnerCRI {
-		return c, errdefs.New(errdefs.ErrNotFound, "container %s: not made through CRI", ref)
-	}
-	return c, nil
-}
-
-// containersOf returns the containers of a sandbox; of all for "".
-func (s *Server) containersOf(sandbox string) []engine.Container {
-	var out []engine.Container
-	for _, c := range s.Engine.Containers() {
-		if c.Config.Owner == engine.OwnerCRI && (sandbox == "" || c.Config.Sandbox == sandbox) {
-			out = append(out, c)
-		}
-	}
-	return out
-}
-
-func (s *runtimeService) CreateContainer(ctx context.Context, req *runtime.CreateContainerRequest) (*runtime.CreateContainerResponse, error) {
-	box, err := s.sandbox(req.GetPodSandboxId())
+	img, err := r.Images.Resolve(ctx, ref)
 	if err != nil {
 		return nil, err
 	}
-	if !box.State.Ready {
-		return nil, errdefs.New(errdefs.ErrConflict, "create a container in pod sandbox %s: it is not ready", box.Config.ID)
-	}
-	img, err := s.Images.Resolve(ctx, imageName(req.GetConfig().GetImage()))
+	cfg, err := containerConfig(req.GetConfig(), p, img)
 	if err != nil {
 		return nil, err
 	}
-	cfg, err := containerConfig(req.GetConfig(), box, img)
-	if err != nil {
-		return nil, err
-	}
-	c, err := s.Engine.CreateContainer(ctx, cfg)
-	if err != nil {
-		return nil, err
-	}
-	return &runtime.CreateContainerResponse{ContainerId: c.Config.ID}, nil
-}
-
-func (s *runtimeService) StartContainer(ctx context.Context, req *runtime.StartContainerRequest) (*runtime.StartContainerResponse, error) {
-	c, err := s.container(req.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	if c.State.Status != engine.StatusCreated || c.State.Error != "" {
-		return nil, errdefs.New(errdefs.ErrConflict, "start container %s: it is %s; CRI starts a container once", c.Config.ID, c.State.Status)
-	}
-	if err := s.Engine.StartContainer(ctx, c.Config.ID); err != nil {
-		return nil, err
-	}
-	return &runtime.StartContainerResponse{}, nil
-}
-
-// StopContainer is idempotent, and a container that does not exist is stopped. A timeout of 0
-// kills at once.
-func (s *runtimeService) StopContainer(ctx context.Context, req *runtime.StopContainerRequest) (*runtime.StopContainerResponse, error) {
-	if req.GetTimeout() < 0 {
-		return nil, invalid("stop container %s: a timeout of %d s", req.GetContainerId(), req.GetTimeout())
-	}
-	c, err := s.container(req.GetContainerId())
-	if err == nil {
-		timeout := time.Duration(req.GetTimeout()) * time.Second
-		err = s.Engine.StopContainer(ctx, c.Config.ID, &timeout, "")
-	}
-	if err != nil && !gone(err) && !errors.Is(err, errdefs.ErrNotModified) {
-		return nil, err
-	}
-	return &runtime.StopContainerResponse{}, nil
-}
-
-// RemoveContainer is idempotent and kills a container that runs.
-func (s *runtimeService) RemoveContainer(ctx context.Context, req *runtime.RemoveContainerRequest) (*runtime.RemoveContainerResponse, error) {
-	c, err := s.container(req.GetContainerId())
-	if err == nil {
-		err = s.Engine.RemoveContainer(ctx, c.Config.ID, engine.RemoveOptions{Force: true, Volumes: true})
-	}
-	if err != nil && !gone(err) {
-		return nil, err
-	}
-	return &runtime.RemoveContainerResponse{}, nil
-}
-
-func (s *runtimeService) ListContainers(_ context.Context, req *runtime.ListContainersRequest) (*runtime.ListContainersResponse, error) {
-	f := req.GetFilter()
-	out := &runtime.ListContainersResponse{}
-	for _, c := range s.containersOf("") {
-		state := containerState(c)
-		if !strings.HasPrefix(c.Config.ID, f.GetId()) || !strings.HasPrefix(c.Config.Sandbox, f.GetPodSandboxId()) ||
-			f.GetState() != nil && f.GetState().GetState() != state || !labelsMatch(c.Config.Labels, f.GetLabelSelector()) {
-			continue
-		}
-		var said runtime.ContainerConfig
-		ref := decodeDialect(c.Config.Dialect, &said)
-		out.Containers = append(out.Containers, &runtime.Container{
-			Id: c.Config.ID, PodSandboxId: c.Config.Sandbox, Metadata: said.GetMetadata(), Image: said.GetImage(), ImageRef: ref,
-			ImageId: c.Config.ImageID, State: state, CreatedAt: c.State.Created.UnixNano(),
-			Labels: c.Config.Labels, Annotations: c.Config.Annotations,
-		})
-	}
-	return out, nil
-}
-
-func (s *runtimeService) ContainerStatus(_ context.Context, req *runtime.ContainerStatusRequest) (*runtime.ContainerStatusResponse, error) {
-	c, err := s.container(req.GetContainerId())
-	if err != nil {
-		return nil, err
-	}
-	resp := &runtime.ContainerStatusResponse{Status: containerStatus(c)}
-	if req.GetVerbose() {
-		info, err := json.Marshal(map[string]any{"name": c.Config.Name, "sandboxID": c.Config.Sandbox, "pid": c.State.PID, "args": c.Config.Args, "cwd": c.Config.Cwd})
+	if cfg.PIDOf != "" {
+		target, err := r.running(cfg.PIDOf)
 		if err != nil {
 			return nil, err
 		}
-		resp.Info = map[string]string{"info": string(info)}
+		if target.Config.Sandbox != cfg.Sandbox {
+			return nil, invalid("%s.namespace_options.target_id %s: that container is in another pod", securityField, cfg.PIDOf)
+		}
+	}
+	c, err := r.Engine.CreateContainer(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.CreateContainerResponse{ContainerId: c.Config.ID}, nil
+}
+
+// readySandbox finds a sandbox that has not been stopped: a start in a stopped one would bring it
+// back to life with another address.
+func (s *Server) readySandbox(id string) (engine.Sandbox, sandboxDialect, error) {
+	b, d, err := s.sandbox(id)
+	if err == nil && !b.State.Ready {
+		err = errdefs.New(errdefs.ErrConflict, "pod sandbox %s is not ready: it was stopped, make a new one", b.Config.ID)
+	}
+	return b, d, err
+}
+
+// StartContainer starts a container for the only time in its life: the kubelet makes a new one for
+// each attempt.
+func (r *runtimeService) StartContainer(ctx context.Context, req *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
+	c, _, err := r.container(req.GetContainerId())
+	if err != nil {
+		return nil, err
+	}
+	if state := containerState(c); state != runtimeapi.ContainerState_CONTAINER_CREATED {
+		return nil, errdefs.New(errdefs.ErrConflict, "container %s is in state %s: only a new container can be started", c.Config.ID, state)
+	}
+	if _, _, err := r.readySandbox(c.Config.Sandbox); err != nil {
+		return nil, err
+	}
+	if err := r.Engine.StartContainer(ctx, c.Config.ID); err != nil {
+		return nil, err
+	}
+	return &runtimeapi.StartContainerResponse{}, nil
+}
+
+func (r *runtimeService) StopContainer(ctx context.Context, req *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
+	resp := &runtimeapi.StopContainerResponse{}
+	c, _, err := r.container(req.GetContainerId())
+	if gone(err) {
+		return resp, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	seconds := req.GetTimeout()
+	if seconds < 0 || seconds > math.MaxInt64/int64(time.Second) {
+		return nil, invalid("timeout %d: must be a number of seconds that is not negative", seconds)
+	}
+	if err := r.stop(ctx, c.Config.ID, time.Duration(seconds)*time.Second); err != nil {
+		return nil, err
 	}
 	return resp, nil
 }
 
-func containerState(c engine.Container) runtime.ContainerState {
+func (r *runtimeService) RemoveContainer(ctx context.Context, req *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
+	resp := &runtimeapi.RemoveContainerResponse{}
+	c, _, err := r.container(req.GetContainerId())
+	if gone(err) {
+		return resp, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := r.Engine.RemoveContainer(ctx, c.Config.ID, engine.RemoveOptions{Force: true, Volumes: true}); err != nil && !gone(err) {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// containerState in the CRI's words. A container whose start failed has ended: it is not started again.
+func containerState(c engine.Container) runtimeapi.ContainerState {
 	switch c.State.Status {
+	case engine.StatusRunning, engine.StatusPaused, engine.StatusRestarting:
+		return runtimeapi.ContainerState_CONTAINER_RUNNING
 	case engine.StatusCreated:
-		if c.State.Error != "" {
-			return runtime.ContainerState_CONTAINER_EXITED
+		if c.State.FinishedAt.IsZero() {
+			return runtimeapi.ContainerState_CONTAINER_CREATED
 		}
-		return runtime.ContainerState_CONTAINER_CREATED
-	case engine.StatusRunning, engine.StatusPaused:
-		return runtime.ContainerState_CONTAINER_RUNNING
+		return runtimeapi.ContainerState_CONTAINER_EXITED
+	case engine.StatusExited, engine.StatusRemoving, engine.StatusDead:
+		return runtimeapi.ContainerState_CONTAINER_EXITED
 	}
-	return runtime.ContainerState_CONTAINER_EXITED
+	return runtimeapi.ContainerState_CONTAINER_UNKNOWN
 }
 
-func containerStatus(c engine.Container) *runtime.ContainerStatus {
-	var said runtime.ContainerConfig
-	ref := decodeDialect(c.Config.Dialect, &said)
-	out := &runtime.ContainerStatus{
-		Id: c.Config.ID, Metadata: said.GetMetadata(), State: containerState(c), CreatedAt: c.State.Created.UnixNano(),
-		Image: said.GetImage(), ImageRef: ref, ImageId: c.Config.ImageID, Labels: c.Config.Labels, Annotations: c.Config.Annotations,
-		Mounts: said.GetMounts(), LogPath: c.Config.Log.Path, StopSignal: said.GetStopSignal(),
-		Resources: &runtime.ContainerResources{Linux: resourcesStatus(c.Config)},
+func (r *runtimeService) ListContainers(_ context.Context, req *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
+	f := req.GetFilter()
+	resp := &runtimeapi.ListContainersResponse{}
+	for _, c := range r.Engine.Containers() {
+		var d containerDialect
+		if c.Config.Owner != engine.OwnerCRI || !matches(f.GetId(), c.Config.ID) || !matches(f.GetPodSandboxId(), c.Config.Sandbox) ||
+			!selects(f.GetLabelSelector(), c.Config.Labels) || f.GetState() != nil && f.State.State != containerState(c) ||
+			json.Unmarshal(c.Config.Dialect, &d) != nil {
+			continue
+		}
+		resp.Containers = append(resp.Containers, &runtimeapi.Container{
+			Id: c.Config.ID, PodSandboxId: c.Config.Sandbox, Metadata: d.metadata(), Image: &runtimeapi.ImageSpec{Image: d.Image, UserSpecifiedImage: c.Config.Image},
+			ImageRef: d.ImageRef, ImageId: c.Config.ImageID, State: containerState(c), CreatedAt: nanos(c.State.Created),
+			Labels: c.Config.Labels, Annotations: c.Config.Annotations,
+		})
 	}
-	if !c.State.StartedAt.IsZero() {
-		out.StartedAt = c.State.StartedAt.UnixNano()
+	return resp, nil
+}
+
+func (r *runtimeService) ContainerStatus(_ context.Context, req *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
+	c, d, err := r.container(req.GetContainerId())
+	if err != nil {
+		return nil, err
 	}
-	if out.State != runtime.ContainerState_CONTAINER_EXITED {
-		return out
+	resp := &runtimeapi.ContainerStatusResponse{}
+	if resp.Status, err = containerStatus(c, d); err != nil {
+		return nil, err
 	}
-	out.FinishedAt = out.CreatedAt
-	if !c.State.FinishedAt.IsZero() {
-		out.FinishedAt = c.State.FinishedAt.UnixNano()
+	if req.GetVerbose() {
+		resp.Info, err = infoJSON(map[string]any{"name": c.Config.Name, "sandboxID": c.Config.Sandbox, "pid": c.State.PID, "config": d.Config})
 	}
-	out.ExitCode, out.Message = int32(c.State.ExitCode), c.State.Error
+	return resp, err
+}
+
+func containerStatus(c engine.Container, d containerDialect) (*runtimeapi.ContainerStatus, error) {
+	cfg, err := d.config()
+	if err != nil {
+		return nil, err
+	}
+	out := &runtimeapi.ContainerStatus{
+		Id: c.Config.ID, Metadata: d.metadata(), State: containerState(c), CreatedAt: nanos(c.State.Created), StartedAt: nanos(c.State.StartedAt),
+		Image: &runtimeapi.ImageSpec{Image: c.Config.Image, UserSpecifiedImage: c.Config.Image}, ImageRef: d.ImageRef, ImageId: c.Config.ImageID,
+		Labels: c.Config.Labels, Annotations: c.Config.Annotations, Mounts: cfg.GetMounts(), LogPath: c.Config.Log.Path,
+		Resources: criResources(c.Config.Resources, c.Config.OOMScoreAdj), StopSignal: criSignal(c.Config.StopSignal),
+	}
+	if out.State == runtimeapi.ContainerState_CONTAINER_EXITED {
+		out.FinishedAt, out.ExitCode = nanos(c.State.FinishedAt), int32(c.State.ExitCode)
+		out.Reason, out.Message = reason(c.State), c.State.Error
+		if out.StartedAt == 0 && out.Reason != reasonStart {
+			out.StartedAt = out.CreatedAt
+		}
+	}
+	return out, nil
+}
+
+// Reasons that the kubelet shows.
+const (
+	reasonDone    = "Completed"
+	reasonFailed  = "Error"
+	reasonOOM     = "OOMKilled"
+	reasonStart   = "StartError"
+	reasonUnknown = "ContainerStatusUnknown"
+)
+
+func reason(s engine.ContainerState) string {
 	switch {
-	case c.State.Status == engine.StatusCreated:
-		out.ExitCode, out.Reason = exitStartError, reasonStartError
-	case !c.State.ExitKnown:
-		out.Reason, out.Message = reasonUnknown, "nobody could observe how it ended"
-	case c.State.OOMKilled:
-		out.Reason = reasonOOMKilled
-	case c.State.ExitCode == 0:
-		out.Reason = reasonCompleted
-	default:
-		out.Reason = reasonError
+	case s.OOMKilled:
+		return reasonOOM
+	case s.StartedAt.IsZero() || s.Error != "":
+		return reasonStart
+	case !s.ExitKnown:
+		return reasonUnknown
+	case s.ExitCode == 0:
+		return reasonDone
 	}
-	return out
+	return reasonFailed
 }
 
-func (s *runtimeService) UpdateContainerResources(ctx context.Context, req *runtime.UpdateContainerResourcesRequest) (*runtime.UpdateContainerResourcesResponse, error) {
-	if req.GetWindows() != nil {
-		return nil, unsupported("update container %s: windows is not supported", req.GetContainerId())
-	}
-	c, err := s.container(req.GetContainerId())
+// ExecSync runs a program to its end; its output is cut to what fits into one message.
+func (r *runtimeService) ExecSync(ctx context.Context, req *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
+	c, err := r.running(req.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
-	change, adj, err := resources(req.GetLinux())
+	seconds := req.GetTimeout()
+	if seconds < 0 || seconds > math.MaxInt64/int64(time.Second) {
+		return nil, invalid("timeout %d: must be a number of seconds that is not negative", seconds)
+	}
+	stdout, stderr, code, err := r.Engine.ExecSync(ctx, c.Config.ID, req.GetCmd(), time.Duration(seconds)*time.Second)
 	if err != nil {
 		return nil, err
 	}
-	if adj != 0 && adj != c.Config.OOMScoreAdj {
-		return nil, unsupported("update container %s: oom_score_adj of a container that exists cannot be changed", c.Config.ID)
-	}
-	// Zero leaves a limit as it is.
-	r := c.Config.Resources
-	merge(&r, change)
-	if err := s.Engine.UpdateContainer(ctx, c.Config.ID, &r, nil); err != nil {
-		return nil, err
-	}
-	return &runtime.UpdateContainerResourcesResponse{}, nil
+	stdout = stdout[:min(len(stdout), maxExecSyncBytes)]
+	stderr = stderr[:min(len(stderr), maxExecSyncBytes-len(stdout))]
+	return &runtimeapi.ExecSyncResponse{Stdout: stdout, Stderr: stderr, ExitCode: int32(code)}, nil
 }
 
-func (s *runtimeService) ReopenContainerLog(ctx context.Context, req *runtime.ReopenContainerLogRequest) (*runtime.ReopenContainerLogResponse, error) {
-	c, err := s.container(req.GetContainerId())
+func (r *runtimeService) ReopenContainerLog(ctx context.Context, req *runtimeapi.ReopenContainerLogRequest) (*runtimeapi.ReopenContainerLogResponse, error) {
+	c, err := r.running(req.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
-	if c.State.Status != engine.StatusRunning && c.State.Status != engine.StatusPaused {
-		return nil, errdefs.New(errdefs.ErrConflict, "reopen the log of container %s: it does not run", c.Config.ID)
-	}
-	if err := s.Engine.ReopenLog(ctx, c.Config.ID); err != nil {
+	if err := r.Engine.ReopenLog(ctx, c.Config.ID); err != nil {
 		return nil, err
 	}
-	return &runtime.ReopenContainerLogResponse{}, nil
+	return &runtimeapi.ReopenContainerLogResponse{}, nil
 }

@@ -12,6 +12,7 @@ import (
 	goruntime "runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -37,6 +38,7 @@ type fixture struct {
 	images  *fakeImages
 	runtime internalapi.RuntimeService
 	image   internalapi.ImageManagerService
+	stop    func() // ends the server and waits for it
 }
 
 func newFixture(t *testing.T) *fixture {
@@ -57,13 +59,16 @@ func newFixture(t *testing.T) *fixture {
 	if f.image, err = criclient.NewRemoteImageService(ctx, "unix://"+path, 5*time.Second, nil, false); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		f.runtime.Close(context.Background())
-		f.image.Close(context.Background())
+	f.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
+	})
+	t.Cleanup(func() {
+		f.runtime.Close(context.Background())
+		f.image.Close(context.Background())
+		f.stop()
 	})
 	return f
 }
@@ -116,9 +121,10 @@ func TestLife(t *testing.T) {
 		ID: id, Name: "k8s_web_web-1_default_u1_1", Owner: engine.OwnerCRI, Sandbox: box, Labels: map[string]string{"name": "web"},
 		Image: "box", ImageID: boxImage.ID.String(), Args: []string{"/entry", "--port", "80"}, Env: []string{"PATH=/bin", "A=pod", "B=2"},
 		Cwd: "/srv", User: "5:6", Groups: []string{"7"},
-		Mounts:    []engine.Mount{{Kind: engine.MountBind, Source: "/data", Target: "/srv/data", ReadOnly: true, Propagation: "rprivate", CreateSource: true}},
-		Resources: engine.Resources{MemoryBytes: 1 << 20, CPUShares: 512}, OOMScoreAdj: 100,
+		Mounts:    []engine.Mount{{Kind: engine.MountBind, Source: "/data", Target: "/srv/data", ReadOnly: true, Propagation: "rprivate"}},
+		Resources: engine.Resources{MemoryBytes: 1 << 20, MemorySwapBytes: 1 << 20, CPUShares: 512}, OOMScoreAdj: 100,
 		Security: engine.Security{NoNewPrivileges: true, CapAdd: []string{"NET_ADMIN"}, Seccomp: "unconfined"},
+		Restart:  engine.RestartPolicy{Name: "no"},
 		Log:      engine.LogConfig{Driver: engine.LogCRI, Path: "/var/log/pods/u1/web/1.log"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -129,7 +135,7 @@ func TestLife(t *testing.T) {
 	wantBox := engine.SandboxConfig{
 		ID: box, Name: "k8s_POD_web-1_default_u1_2", Owner: engine.OwnerCRI, Labels: map[string]string{"app": "web"}, Hostname: "web-1",
 		Endpoints: []engine.EndpointConfig{{Network: "bridge"}}, Ports: []network.Port{{Protocol: "tcp", HostPort: 8080, Port: 80}},
-		DNS: engine.DNSConfig{Servers: []string{"10.0.0.10"}}, CgroupParent: "/kubepods/u1", LogDirectory: "/var/log/pods/u1",
+		DNS: engine.DNSConfig{Servers: []string{"10.0.0.10"}, Searches: []string{"."}}, CgroupParent: "/kubepods/u1", LogDirectory: "/var/log/pods/u1",
 	}
 	if diff := cmp.Diff(wantBox, b, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
 		t.Error(diff)
@@ -206,7 +212,7 @@ func (f *fixture) checkEnd(t *testing.T, box, id string) {
 	f.engine.mu.Lock()
 	f.engine.containers[id].State.ExitKnown = false
 	f.engine.mu.Unlock()
-	if st, _ := f.runtime.ContainerStatus(ctx, id, false); st.GetStatus().GetReason() != "Unknown" {
+	if st, _ := f.runtime.ContainerStatus(ctx, id, false); st.GetStatus().GetReason() != "ContainerStatusUnknown" {
 		t.Errorf("unknown exit: %v", st)
 	}
 	for range 2 {
@@ -254,18 +260,23 @@ func TestRefusals(t *testing.T) {
 		return func(c *runtime.ContainerConfig) { c.Mounts = []*runtime.Mount{m} }
 	}
 	for name, change := range map[string]func(*runtime.ContainerConfig){
-		"namespace mode POD of pid":  sec(&runtime.LinuxContainerSecurityContext{NamespaceOptions: &runtime.NamespaceOption{Pid: runtime.NamespaceMode_POD}}),
+		"namespace_options.pid POD":  sec(&runtime.LinuxContainerSecurityContext{NamespaceOptions: &runtime.NamespaceOption{Pid: runtime.NamespaceMode_POD}}),
 		"selinux_options":            sec(&runtime.LinuxContainerSecurityContext{SelinuxOptions: &runtime.SELinuxOption{Level: "s0"}}),
-		"ambient":                    sec(&runtime.LinuxContainerSecurityContext{Capabilities: &runtime.Capability{AddAmbientCapabilities: []string{"X"}}}),
+		"add_ambient_capabilities":   sec(&runtime.LinuxContainerSecurityContext{Capabilities: &runtime.Capability{AddAmbientCapabilities: []string{"X"}}}),
 		"supplemental_groups_policy": sec(&runtime.LinuxContainerSecurityContext{SupplementalGroupsPolicy: runtime.SupplementalGroupsPolicy_Strict}),
 		"apparmor": sec(&runtime.LinuxContainerSecurityContext{Apparmor: &runtime.SecurityProfile{
 			ProfileType: runtime.SecurityProfile_Localhost, LocalhostRef: "mine"}}),
-		"recursive_read_only": mount(&runtime.Mount{RecursiveReadOnly: true}),
-		"selinux_relabel":     mount(&runtime.Mount{SelinuxRelabel: true}),
-		"mounting images":     mount(&runtime.Mount{Image: &runtime.ImageSpec{Image: "x"}}),
-		"ID-mapped":           mount(&runtime.Mount{UidMappings: []*runtime.IDMapping{{Length: 1}}}),
-		"CDI":                 func(c *runtime.ContainerConfig) { c.CDIDevices = []*runtime.CDIDevice{{Name: "gpu"}} },
-		"unified": func(c *runtime.ContainerConfig) {
+		"recursive_read_only":    mount(&runtime.Mount{RecursiveReadOnly: true}),
+		"selinux_relabel":        mount(&runtime.Mount{SelinuxRelabel: true}),
+		"image is not supported": mount(&runtime.Mount{Image: &runtime.ImageSpec{Image: "x"}}),
+		"uidMappings":            mount(&runtime.Mount{UidMappings: []*runtime.IDMapping{{Length: 1}}}),
+		"CDI":                    func(c *runtime.ContainerConfig) { c.CDIDevices = []*runtime.CDIDevice{{Name: "gpu"}} },
+		"hugepage_limits 2MB": func(c *runtime.ContainerConfig) {
+			c.Linux = &runtime.LinuxContainerConfig{Resources: &runtime.LinuxContainerResources{HugepageLimits: []*runtime.HugepageLimit{{PageSize: "1GB"}, {PageSize: "2MB", Limit: 1}}}}
+		},
+		"userns_options": sec(&runtime.LinuxContainerSecurityContext{NamespaceOptions: &runtime.NamespaceOption{
+			Pid: runtime.NamespaceMode_CONTAINER, UsernsOptions: &runtime.UserNamespace{Mode: runtime.NamespaceMode_POD}}}),
+		"unified memory.high": func(c *runtime.ContainerConfig) {
 			c.Linux = &runtime.LinuxContainerConfig{Resources: &runtime.LinuxContainerResources{Unified: map[string]string{"memory.high": "1"}}}
 		},
 	} {
@@ -406,6 +417,71 @@ func TestExecStream(t *testing.T) {
 	}
 }
 
+func TestAttachResizes(t *testing.T) {
+	f := newFixture(t)
+	id := f.start(t)
+	resp, err := f.runtime.Attach(context.Background(), &runtime.AttachRequest{ContainerId: id, Stdin: true, Stdout: true, Tty: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := dial(t, resp.Url, "v4.channel.k8s.io")
+	fail := stream(t, c, "streamType", "error")
+	in := stream(t, c, "streamType", "stdin")
+	out := stream(t, c, "streamType", "stdout")
+	size := stream(t, c, "streamType", "resize")
+	io.WriteString(size, `{"Width":80,"Height":24}`)
+	want := id + " 24x80"
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		f.engine.mu.Lock()
+		sizes := strings.Join(f.engine.sizes, ",")
+		f.engine.mu.Unlock()
+		if sizes == want {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("sizes %q, want %q", sizes, want)
+		}
+	}
+	io.WriteString(in, "typed")
+	in.Close()
+	if got, err := io.ReadAll(out); err != nil || string(got) != "typed" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if end, err := io.ReadAll(fail); err != nil || !strings.Contains(string(end), `"Success"`) {
+		t.Errorf("%q, %v", end, err)
+	}
+}
+
+// A client that stays connected does not keep the server from ending.
+func TestShutdownCutsStreams(t *testing.T) {
+	f := newFixture(t)
+	id := f.start(t)
+	resp, err := f.runtime.Attach(context.Background(), &runtime.AttachRequest{ContainerId: id, Stdin: true, Stdout: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := dial(t, resp.Url, "v4.channel.k8s.io")
+	for _, kind := range []string{"error", "stdin", "stdout"} {
+		stream(t, c, "streamType", kind)
+	}
+	events := make(chan *runtime.ContainerEventResponse)
+	opened := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() {
+		ended <- f.runtime.GetContainerEvents(context.Background(), events, func(runtime.RuntimeService_GetContainerEventsClient) { close(opened) })
+	}()
+	<-opened
+	f.stop()
+	select {
+	case <-c.CloseChan():
+	case <-time.After(10 * time.Second):
+		t.Error("the attached client is still connected")
+	}
+	if err := <-ended; err == nil {
+		t.Error("the events ended without an error")
+	}
+}
+
 // newNetNS makes a network namespace with a loopback and an echo server in it.
 func newNetNS(t *testing.T) (path string, port int) {
 	t.Helper()
@@ -477,7 +553,7 @@ func TestPortForward(t *testing.T) {
 	if got, err := io.ReadAll(data); err != nil || string(got) != "ping" {
 		t.Errorf("%q, %v", got, err)
 	}
-	if _, err := criapi.DialInside(context.Background(), "", uint16(port)); err == nil {
+	if _, err := criapi.DialInside(context.Background(), "", int32(port)); err == nil {
 		t.Error("the port is open outside: the test shows nothing")
 	}
 }
@@ -554,9 +630,12 @@ func TestStatusAndEvents(t *testing.T) {
 }
 
 func TestObjectName(t *testing.T) {
-	meta := &runtime.PodSandboxMetadata{Name: strings.Repeat("p", 253), Namespace: "n", Uid: "u"}
-	a, b := criapi.ObjectName("a", meta, 1), criapi.ObjectName("a", meta, 2)
-	if len(a) != 255 || a == b {
+	long := strings.Repeat("p", 253)
+	a, b := criapi.ObjectName("a", long, "n", "u", 1), criapi.ObjectName("a", long, "n", "u", 2)
+	if len(a) != criapi.MaxNameBytes || a == b {
 		t.Errorf("%d %v", len(a), a == b)
+	}
+	if got := criapi.ObjectName("POD", "web", "ns", "u", 3); got != "k8s_POD_web_ns_u_3" {
+		t.Error(got)
 	}
 }

@@ -1,8 +1,13 @@
 package criapi
 
-// For tests in package criapi_test.
-
+// For tests of what no client reaches.
 var (
-	DialInside = dialInside
-	ObjectName = objectName
+	Code         = code
+	DialInside   = dialInside
+	ObjectName   = objectName
+	StopSignal   = stopSignal
+	CRISignal    = criSignal
+	Credentials  = credentials
+	CommandOf    = command
+	MaxNameBytes = maxNameBytes
 )

@@ -36,6 +36,7 @@ type fakeEngine struct {
 	netns      string
 	startErr   error
 	reopened   int
+	sizes      []string // that terminals were set to
 }
 
 func newFakeEngine() *fakeEngine {
@@ -285,3 +286,33 @@ func (f *fakeImages) Remove(_ context.Context, ref string, _, _ bool, _ func(dig
 }
 
 func (f *fakeImages) DiskUsage(context.Context) (int64, error) { return 123, nil }
+
+func (f *fakeEngine) resized(id string, height, width uint16) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.sizes = append(f.sizes, fmt.Sprintf("%s %dx%d", id, height, width))
+	return nil
+}
+
+func (f *fakeEngine) ResizeExec(_ context.Context, id string, height, width uint16) error {
+	return f.resized(id, height, width)
+}
+
+func (f *fakeEngine) ResizeContainer(_ context.Context, id string, height, width uint16) error {
+	return f.resized(id, height, width)
+}
+
+// Attach finds a program that answers with its input once that has ended.
+func (f *fakeEngine) Attach(context.Context, string, engine.AttachOptions) (*engine.Attachment, error) {
+	in := &pipeEnd{closed: make(chan struct{})}
+	answer := func(ctx context.Context, stdout, _ io.Writer) error {
+		select {
+		case <-in.closed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		_, err := stdout.Write(in.Bytes())
+		return err
+	}
+	return engine.NewAttachment(in, true, answer, func() {}), nil
+}

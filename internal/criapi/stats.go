@@ -2,174 +2,178 @@ package criapi
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
-	"sort"
-	"strings"
+	"math"
+	"slices"
+	"time"
 
-	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"berth/internal/engine"
 	"berth/internal/errdefs"
 )
 
-// unlimited is above every real limit of memory; kernels say "none" with numbers near 2^63.
-const unlimited = 1 << 60
+// unlimited: memory limits from here on are the kernel's way to say "none".
+const unlimited = math.MaxInt64 - 1<<20
 
-func (s *runtimeService) ContainerStats(ctx context.Context, req *runtime.ContainerStatsRequest) (*runtime.ContainerStatsResponse, error) {
-	c, err := s.container(req.GetContainerId())
+// defaultInterface is the pod's own on the default network.
+const defaultInterface = "eth0"
+
+func value(n uint64) *runtimeapi.UInt64Value { return &runtimeapi.UInt64Value{Value: n} }
+
+func (r *runtimeService) ContainerStats(ctx context.Context, req *runtimeapi.ContainerStatsRequest) (*runtimeapi.ContainerStatsResponse, error) {
+	c, d, err := r.container(req.GetContainerId())
 	if err != nil {
 		return nil, err
 	}
-	out, _, err := s.statsOf(ctx, c)
+	st, _, err := r.stats(ctx, c, d)
 	if err != nil {
 		return nil, err
 	}
-	used, err := s.Engine.WritableBytes(ctx, c.Config.ID)
-	if err != nil {
-		return nil, err
-	}
-	out.WritableLayer = &runtime.FilesystemUsage{
-		Timestamp: out.GetCpu().GetTimestamp(), FsId: &runtime.FilesystemIdentifier{Mountpoint: s.ImageDir},
-		UsedBytes: value(uint64(max(used, 0))), InodesUsed: value(0),
-	}
-	return &runtime.ContainerStatsResponse{Stats: out}, nil
+	return &runtimeapi.ContainerStatsResponse{Stats: st}, nil
 }
 
-// ListContainerStats leaves writable layers out: counting them means walking their files.
-func (s *runtimeService) ListContainerStats(ctx context.Context, req *runtime.ListContainerStatsRequest) (*runtime.ListContainerStatsResponse, error) {
+func (r *runtimeService) ListContainerStats(ctx context.Context, req *runtimeapi.ListContainerStatsRequest) (*runtimeapi.ListContainerStatsResponse, error) {
 	f := req.GetFilter()
-	resp := &runtime.ListContainerStatsResponse{}
-	for _, c := range s.containersOf("") {
-		if !strings.HasPrefix(c.Config.ID, f.GetId()) || !strings.HasPrefix(c.Config.Sandbox, f.GetPodSandboxId()) || !labelsMatch(c.Config.Labels, f.GetLabelSelector()) {
+	resp := &runtimeapi.ListContainerStatsResponse{}
+	for _, c := range r.Engine.Containers() {
+		var d containerDialect
+		if c.Config.Owner != engine.OwnerCRI || !matches(f.GetId(), c.Config.ID) || !matches(f.GetPodSandboxId(), c.Config.Sandbox) ||
+			!selects(f.GetLabelSelector(), c.Config.Labels) || json.Unmarshal(c.Config.Dialect, &d) != nil {
 			continue
 		}
-		out, running, err := s.statsOf(ctx, c)
+		st, _, err := r.stats(ctx, c, d)
+		if gone(err) {
+			continue // removed meanwhile
+		}
 		if err != nil {
 			return nil, err
 		}
-		if running {
-			resp.Stats = append(resp.Stats, out)
-		}
+		resp.Stats = append(resp.Stats, st)
 	}
 	return resp, nil
 }
 
-// statsOf reads a container's counters. One that does not run has none.
-func (s *Server) statsOf(ctx context.Context, c engine.Container) (out *runtime.ContainerStats, running bool, err error) {
-	var said runtime.ContainerConfig
-	decodeDialect(c.Config.Dialect, &said)
-	out = &runtime.ContainerStats{Attributes: &runtime.ContainerAttributes{
-		Id: c.Config.ID, Metadata: said.GetMetadata(), Labels: c.Config.Labels, Annotations: c.Config.Annotations,
-	}}
-	st, err := s.Engine.Stats(ctx, c.Config.ID)
-	if errors.Is(err, errdefs.ErrConflict) || errors.Is(err, errdefs.ErrNotFound) {
-		return out, false, nil
+// stats of one container; raw is nil when it does not run. Its layer's size is told in any case.
+func (s *Server) stats(ctx context.Context, c engine.Container, d containerDialect) (st *runtimeapi.ContainerStats, raw *engine.Stats, err error) {
+	size, err := s.Engine.WritableBytes(ctx, c.Config.ID)
+	if err != nil {
+		return nil, nil, err
+	}
+	st = &runtimeapi.ContainerStats{
+		Attributes: &runtimeapi.ContainerAttributes{Id: c.Config.ID, Metadata: d.metadata(), Labels: c.Config.Labels, Annotations: c.Config.Annotations},
+		WritableLayer: &runtimeapi.FilesystemUsage{
+			Timestamp: time.Now().UnixNano(), FsId: &runtimeapi.FilesystemIdentifier{Mountpoint: s.ImageDir}, UsedBytes: value(uint64(size)),
+		},
+	}
+	g, err := s.Engine.Stats(ctx, c.Config.ID)
+	if errors.Is(err, errdefs.ErrConflict) {
+		return st, nil, nil
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, nil, err
 	}
-	out.Cpu, out.Memory = cpuUsage(st), memoryUsage(st)
-	return out, true, nil
+	st.Cpu, st.Memory = cpuUsage(g), memoryUsage(g)
+	return st, &g, nil
 }
 
-func value(n uint64) *runtime.UInt64Value { return &runtime.UInt64Value{Value: n} }
-
-func cpuUsage(st engine.Stats) *runtime.CpuUsage {
-	return &runtime.CpuUsage{Timestamp: st.Time.UnixNano(), UsageCoreNanoSeconds: value(st.CPUNanos)}
+func cpuUsage(g engine.Stats) *runtimeapi.CpuUsage {
+	return &runtimeapi.CpuUsage{Timestamp: nanos(g.Time), UsageCoreNanoSeconds: value(g.CPUNanos)}
 }
 
-func memoryUsage(st engine.Stats) *runtime.MemoryUsage {
-	working := st.MemoryBytes - min(st.MemoryCache, st.MemoryBytes)
-	m := &runtime.MemoryUsage{Timestamp: st.Time.UnixNano(), UsageBytes: value(st.MemoryBytes), WorkingSetBytes: value(working)}
-	if st.MemoryLimit > 0 && st.MemoryLimit < unlimited {
-		m.AvailableBytes = value(st.MemoryLimit - min(working, st.MemoryLimit))
+func memoryUsage(g engine.Stats) *runtimeapi.MemoryUsage {
+	working := g.MemoryBytes - min(g.MemoryBytes, g.MemoryCache)
+	out := &runtimeapi.MemoryUsage{Timestamp: nanos(g.Time), UsageBytes: value(g.MemoryBytes), WorkingSetBytes: value(working)}
+	if g.MemoryLimit > 0 && g.MemoryLimit < unlimited {
+		out.AvailableBytes = value(g.MemoryLimit - min(g.MemoryLimit, working))
 	}
-	return m
+	return out
 }
 
-func (s *runtimeService) PodSandboxStats(ctx context.Context, req *runtime.PodSandboxStatsRequest) (*runtime.PodSandboxStatsResponse, error) {
-	box, err := s.sandbox(req.GetPodSandboxId())
+func (r *runtimeService) PodSandboxStats(ctx context.Context, req *runtimeapi.PodSandboxStatsRequest) (*runtimeapi.PodSandboxStatsResponse, error) {
+	b, d, err := r.sandbox(req.GetPodSandboxId())
 	if err != nil {
 		return nil, err
 	}
-	out, err := s.podStats(ctx, box)
+	st, err := r.podStats(ctx, b, d)
 	if err != nil {
 		return nil, err
 	}
-	return &runtime.PodSandboxStatsResponse{Stats: out}, nil
+	return &runtimeapi.PodSandboxStatsResponse{Stats: st}, nil
 }
 
-func (s *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtime.ListPodSandboxStatsRequest) (*runtime.ListPodSandboxStatsResponse, error) {
+func (r *runtimeService) ListPodSandboxStats(ctx context.Context, req *runtimeapi.ListPodSandboxStatsRequest) (*runtimeapi.ListPodSandboxStatsResponse, error) {
 	f := req.GetFilter()
-	resp := &runtime.ListPodSandboxStatsResponse{}
-	for _, box := range s.Engine.Sandboxes() {
-		if box.Config.Owner != engine.OwnerCRI || !box.State.Ready || !strings.HasPrefix(box.Config.ID, f.GetId()) || !labelsMatch(box.Config.Labels, f.GetLabelSelector()) {
+	resp := &runtimeapi.ListPodSandboxStatsResponse{}
+	for _, b := range r.Engine.Sandboxes() {
+		var d sandboxDialect
+		if b.Config.Owner != engine.OwnerCRI || !b.State.Ready || !matches(f.GetId(), b.Config.ID) ||
+			!selects(f.GetLabelSelector(), b.Config.Labels) || json.Unmarshal(b.Config.Dialect, &d) != nil {
 			continue
 		}
-		out, err := s.podStats(ctx, box)
+		st, err := r.podStats(ctx, b, d)
 		if err != nil {
 			return nil, err
 		}
-		resp.Stats = append(resp.Stats, out)
+		resp.Stats = append(resp.Stats, st)
 	}
 	return resp, nil
 }
 
-// podStats adds up the containers of a pod. Its network's counters are seen from any of them.
-func (s *Server) podStats(ctx context.Context, box engine.Sandbox) (*runtime.PodSandboxStats, error) {
-	var said runtime.PodSandboxConfig
-	decodeDialect(box.Config.Dialect, &said)
-	linux := &runtime.LinuxPodSandboxStats{}
-	var sum engine.Stats
-	for _, c := range s.containersOf(box.Config.ID) {
-		st, err := s.Engine.Stats(ctx, c.Config.ID)
-		if errors.Is(err, errdefs.ErrConflict) || errors.Is(err, errdefs.ErrNotFound) {
+// podStats adds up what a pod's running containers use: a sandbox has no process of its own.
+func (s *Server) podStats(ctx context.Context, b engine.Sandbox, d sandboxDialect) (*runtimeapi.PodSandboxStats, error) {
+	linux := &runtimeapi.LinuxPodSandboxStats{}
+	sum := engine.Stats{Time: time.Now()}
+	for _, c := range s.inSandbox(b.Config.ID) {
+		var cd containerDialect
+		if err := json.Unmarshal(c.Config.Dialect, &cd); err != nil {
+			return nil, err
+		}
+		st, raw, err := s.stats(ctx, c, cd)
+		if gone(err) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		sum.Time, sum.Networks = st.Time, st.Networks
-		sum.CPUNanos += st.CPUNanos
-		sum.MemoryBytes += st.MemoryBytes
-		sum.MemoryCache += st.MemoryCache
-		sum.Pids += st.Pids
-		var conf runtime.ContainerConfig
-		decodeDialect(c.Config.Dialect, &conf)
-		linux.Containers = append(linux.Containers, &runtime.ContainerStats{
-			Attributes: &runtime.ContainerAttributes{Id: c.Config.ID, Metadata: conf.GetMetadata(), Labels: c.Config.Labels, Annotations: c.Config.Annotations},
-			Cpu:        cpuUsage(st), Memory: memoryUsage(st),
-		})
+		linux.Containers = append(linux.Containers, st)
+		if raw == nil {
+			continue
+		}
+		sum.CPUNanos += raw.CPUNanos
+		sum.MemoryBytes += raw.MemoryBytes
+		sum.MemoryCache += raw.MemoryCache
+		sum.Pids += raw.Pids
+		sum.Networks = raw.Networks // the same for all of them
 	}
-	if len(linux.Containers) > 0 {
-		linux.Cpu, linux.Memory = cpuUsage(sum), memoryUsage(sum)
-		linux.Process = &runtime.ProcessUsage{Timestamp: sum.Time.UnixNano(), ProcessCount: value(sum.Pids)}
-		linux.Network = networkUsage(sum)
-	}
-	return &runtime.PodSandboxStats{
-		Attributes: &runtime.PodSandboxAttributes{Id: box.Config.ID, Metadata: said.GetMetadata(), Labels: box.Config.Labels, Annotations: box.Config.Annotations},
+	linux.Cpu, linux.Memory, linux.Network = cpuUsage(sum), memoryUsage(sum), networkUsage(sum)
+	linux.Process = &runtimeapi.ProcessUsage{Timestamp: nanos(sum.Time), ProcessCount: value(sum.Pids)}
+	return &runtimeapi.PodSandboxStats{
+		Attributes: &runtimeapi.PodSandboxAttributes{Id: b.Config.ID, Metadata: d.metadata(), Labels: b.Config.Labels, Annotations: b.Config.Annotations},
 		Linux:      linux,
 	}, nil
 }
 
-func networkUsage(st engine.Stats) *runtime.NetworkUsage {
-	out := &runtime.NetworkUsage{Timestamp: st.Time.UnixNano()}
-	names := make([]string, 0, len(st.Networks))
-	for name := range st.Networks {
-		if name != "lo" {
-			names = append(names, name)
-		}
+// networkUsage is nil when nobody could count: no container runs, or the network is the node's.
+func networkUsage(g engine.Stats) *runtimeapi.NetworkUsage {
+	if len(g.Networks) == 0 {
+		return nil
 	}
-	sort.Strings(names)
-	for i, name := range names {
-		n := st.Networks[name]
-		u := &runtime.NetworkInterfaceUsage{
-			Name: name, RxBytes: value(n.RxBytes), RxErrors: value(n.RxErrors), TxBytes: value(n.TxBytes), TxErrors: value(n.TxErrors),
+	out := &runtimeapi.NetworkUsage{Timestamp: nanos(g.Time)}
+	names := make([]string, 0, len(g.Networks))
+	for name := range g.Networks {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		n := g.Networks[name]
+		u := &runtimeapi.NetworkInterfaceUsage{Name: name, RxBytes: value(n.RxBytes), RxErrors: value(n.RxErrors), TxBytes: value(n.TxBytes), TxErrors: value(n.TxErrors)}
+		if name == defaultInterface {
+			out.DefaultInterface = u
+			continue
 		}
 		out.Interfaces = append(out.Interfaces, u)
-		if i == 0 {
-			out.DefaultInterface = u
-		}
 	}
 	return out
 }

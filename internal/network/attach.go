@@ -51,7 +51,6 @@ func (s *Service) Attach(ctx context.Context, r AttachRequest) (Endpoint, error)
 	if err != nil {
 		return Endpoint{}, fmt.Errorf("attach sandbox %s to network %s: %w", shortID(r.Sandbox), e.Config.Name, err)
 	}
-	s.publish(e, "connect", map[string]string{"container": r.Sandbox})
 	return result, nil
 }
 
@@ -251,7 +250,6 @@ func (s *Service) Detach(ctx context.Context, sandbox, networkRef string) error 
 	s.dropEndpoint(ep)
 	e.pool.release(addr)
 	s.mu.Unlock()
-	s.publish(e, "disconnect", map[string]string{"container": sandbox})
 	if ep.DefaultRoute {
 		return s.moveDefaultRoute(sandbox)
 	}
@@ -333,7 +331,6 @@ func (s *Service) Release(ctx context.Context, sandbox string) error {
 			s.mu.Unlock()
 			close(done)
 		}})
-		s.publish(e, "disconnect", map[string]string{"container": sandbox})
 	}
 	return errors.Join(errs...)
 }

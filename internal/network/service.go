@@ -353,7 +353,7 @@ func (s *Service) Create(ctx context.Context, c Config) (Network, error) {
 		s.mu.Unlock()
 		return Network{}, errors.Join(fmt.Errorf("create network %s: %w", c.Name, err), s.store.Delete(kindNetwork, e.ID))
 	}
-	s.publish(e, "create", nil)
+	s.publish(e, "create")
 	return e.clone(), nil
 }
 
@@ -487,7 +487,7 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 		return fmt.Errorf("remove network %s: %w", e.Config.Name, err)
 	}
 	s.forget(e)
-	s.publish(e, "destroy", nil)
+	s.publish(e, "destroy")
 	return nil
 }
 
@@ -516,15 +516,13 @@ func (s *Service) attached(networkID string) bool {
 	return false
 }
 
-// publish tells the hub of something that happened to a network.
-func (s *Service) publish(e *entry, action string, more map[string]string) {
+// publish tells the hub that a network was made or removed. Who came and went on one is the
+// engine's to tell: it knows containers.
+func (s *Service) publish(e *entry, action string) {
 	if s.events == nil {
 		return
 	}
 	attributes := map[string]string{"name": e.Config.Name, "type": e.Config.Driver}
-	for k, v := range more {
-		attributes[k] = v
-	}
 	s.events.Publish(event.Event{Type: "network", Action: action, ID: e.ID, Attributes: attributes})
 }
 

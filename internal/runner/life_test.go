@@ -385,11 +385,11 @@ func TestInit(t *testing.T) {
 	}{
 		{"exit 8", 0, 8},
 		{"kill -9 $$", 0, 137},
-		{"trap 'exit 44' TERM; while true; do sleep 0.01; done", 15, 44},
-		{"sleep 1000", 15, 143},
+		{"trap 'exit 44' TERM; echo up; while true; do sleep 0.01; done", 15, 44},
+		{"echo up; sleep 1000", 15, 143},
 	} {
 		id := fmt.Sprint("i", i)
-		n.create(c, n.request(id, n.spec(id, "berth-init", "--", "sh", "-c", "echo up;"+test.script)))
+		n.create(c, n.request(id, n.spec(id, "berth-init", "--", "sh", "-c", test.script)))
 		if test.signal != 0 {
 			n.eventually("it is up", func() bool { return n.output(n.root.State+"/bundles/"+id+"/spool", 0) != "" })
 			if err := c.Kill(n.ctx(), id, test.signal, false); err != nil {

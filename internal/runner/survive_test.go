@@ -3,6 +3,7 @@ package runner_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"berth/internal/cgroup"
+	"berth/internal/errdefs"
 	"berth/internal/runner"
 	"berth/internal/runner/hold"
 )
@@ -221,7 +224,7 @@ func TestHolderAndRunnerKilledTogether(t *testing.T) {
 		t.Fatal(err)
 	}
 	daemon := n.child(hold.Daemon)
-	for _, pid := range []int{status.PID, child.PID, daemon.PID} {
+	for _, pid := range []int{child.PID, status.PID, daemon.PID} {
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
@@ -231,7 +234,20 @@ func TestHolderAndRunnerKilledTogether(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.eventually("a new holder starts", func() bool { return hold.Launch(context.Background(), n.root, bin, nil) == nil })
+	n.eventually("a new holder starts", func() bool {
+		// A runner that was respawned in between may have started one, and may not live any more.
+		err := hold.Launch(context.Background(), n.root, bin, nil)
+		if err != nil && !errors.Is(err, errdefs.ErrConflict) {
+			t.Fatal(err)
+		}
+		h, err := hold.Dial(n.root.Socket("holder"))
+		if err != nil {
+			return false // the one that has the lock is about to die
+		}
+		defer h.Close()
+		_, err = h.Status()
+		return err == nil
+	})
 	c = n.dial()
 	if err := os.WriteFile(n.rootfs+"/tmp/go", nil, 0o644); err != nil {
 		t.Fatal(err)
@@ -301,6 +317,43 @@ func TestRunnerKilledInMidStart(t *testing.T) {
 			t.Errorf("%s: list %+v, create: %v", id, list, createErr)
 		}
 		n.wantNoTraces(id)
+	}
+}
+
+// TestRunnerKilledInMidExec: an exec'd process is then either known or gone.
+func TestRunnerKilledInMidExec(t *testing.T) {
+	n := newNode(t)
+	c := n.dial()
+	r := n.sh("a", "while true; do sleep 1000; done")
+	n.create(c, r)
+	for i := range 15 {
+		id := fmt.Sprint("e", i)
+		child := n.child(hold.Runner)
+		timer := time.AfterFunc(time.Duration(i)*time.Millisecond, func() { _ = syscall.Kill(child.PID, syscall.SIGKILL) })
+		_, execErr := c.Exec(n.ctx(), runner.ExecRequest{
+			ID: id, Container: "a", Process: n.spec("a", "sleep", "77777").Process,
+			IO: runner.IO{Spool: r.Bundle + "/" + id},
+		})
+		<-c.Closed()
+		timer.Stop()
+		c = n.dial()
+		list, err := c.List(n.ctx())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(list) == 1 && execErr == nil {
+			t.Errorf("%s: it was answered and is not known: %+v", id, list)
+		}
+		if err := c.Delete(n.ctx(), id); err != nil {
+			t.Fatal(err)
+		}
+		n.eventually(id+" is gone", func() bool {
+			pids, err := n.groups.Pids(cgroup.Parent(n.root) + "/a")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(pids) <= 2 // the container's own
+		})
 	}
 }
 

@@ -4,14 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"net/url"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/tools/remotecommand"
+	"k8s.io/client-go/transport/spdy"
 	criapi "k8s.io/cri-api/pkg/apis"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 	remote "k8s.io/cri-client/pkg"
@@ -27,7 +32,11 @@ const criTimeout = 30 * time.Second
 //	cri container POD NAME IMAGE ARG...   create and start; prints its ID
 //	cri exec CONTAINER ARG...             ExecSync: prints standard output
 //	cri stream CONTAINER ARG...           Exec through the streaming server
+//	cri forward POD PORT PATH             port-forward; prints what GET PATH answers
+//	cri stats CONTAINER                   prints its memory use and limit, in bytes
+//	cri pods | cri containers             prints their IDs
 //	cri state CONTAINER                   prints its state and exit code
+//	cri wait CONTAINER                    the same once it has ended
 //	cri ip POD | cri images | cri log POD NAME
 //	cri stop POD | cri remove POD
 func cmdCRI(ts *testscript.TestScript, neg bool, args []string) {
@@ -60,7 +69,7 @@ type criClient struct {
 }
 
 func (c criClient) do(endpoint, verb string, args []string) (string, error) {
-	if need := map[string]int{"pod": 1, "container": 4, "exec": 2, "stream": 2, "state": 1, "ip": 1, "log": 2, "stop": 1, "remove": 1}[verb]; len(args) < need {
+	if need := map[string]int{"pod": 1, "container": 4, "exec": 2, "stream": 2, "forward": 3, "stats": 1, "state": 1, "wait": 1, "ip": 1, "log": 2, "stop": 1, "remove": 1}[verb]; len(args) < need {
 		return "", fmt.Errorf("cri %s takes at least %d arguments", verb, need)
 	}
 	switch verb {
@@ -82,12 +91,18 @@ func (c criClient) do(endpoint, verb string, args []string) (string, error) {
 		return string(stdout), nil
 	case "stream":
 		return c.stream(args[0], args[1:])
-	case "state":
-		s, err := c.runtime.ContainerStatus(c.ctx, args[0], false)
+	case "forward":
+		return c.forward(args[0], args[1], args[2])
+	case "stats":
+		s, err := c.runtime.ContainerStats(c.ctx, args[0])
 		if err != nil {
 			return "", err
 		}
-		return fmt.Sprintf("%s %d", s.Status.State, s.Status.ExitCode), nil
+		return fmt.Sprintf("%d %d", s.GetMemory().GetUsageBytes().GetValue(), s.GetMemory().GetWorkingSetBytes().GetValue()+s.GetMemory().GetAvailableBytes().GetValue()), nil
+	case "pods", "containers":
+		return c.list(verb)
+	case "state", "wait":
+		return c.state(args[0], verb == "wait")
 	case "ip":
 		s, err := c.runtime.PodSandboxStatus(c.ctx, args[0], false)
 		if err != nil {
@@ -104,6 +119,20 @@ func (c criClient) do(endpoint, verb string, args []string) (string, error) {
 		return c.images(endpoint)
 	}
 	return "", errors.New("unknown verb " + verb)
+}
+
+// state polls for the end when it is to wait; the request's deadline bounds that.
+func (c criClient) state(container string, wait bool) (string, error) {
+	for {
+		s, err := c.runtime.ContainerStatus(c.ctx, container, false)
+		if err != nil {
+			return "", err
+		}
+		if !wait || s.Status.State == cri.ContainerState_CONTAINER_EXITED {
+			return fmt.Sprintf("%s %d", s.Status.State, s.Status.ExitCode), nil
+		}
+		time.Sleep(pollInterval)
+	}
 }
 
 func (c criClient) podConfig(name string) *cri.PodSandboxConfig {
@@ -155,6 +184,78 @@ func (c criClient) stream(container string, args []string) (string, error) {
 		return "", fmt.Errorf("%w: %s", err, stderr.String())
 	}
 	return stdout.String(), nil
+}
+
+// forward asks an HTTP server at a pod's loopback address, as kubectl port-forward does.
+func (c criClient) forward(pod, port, path string) (string, error) {
+	number, err := strconv.ParseInt(port, 10, 32)
+	if err != nil {
+		return "", err
+	}
+	answer, err := c.runtime.PortForward(c.ctx, &cri.PortForwardRequest{PodSandboxId: pod, Port: []int32{int32(number)}})
+	if err != nil {
+		return "", err
+	}
+	address, err := url.Parse(answer.Url)
+	if err != nil {
+		return "", err
+	}
+	transport, upgrader, err := spdy.RoundTripperFor(&rest.Config{})
+	if err != nil {
+		return "", err
+	}
+	stop, ready, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	forwarder, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, "POST", address), []string{"0:" + port}, stop, ready, io.Discard, io.Discard)
+	if err != nil {
+		return "", err
+	}
+	go func() { ended <- forwarder.ForwardPorts() }()
+	defer func() { close(stop); <-ended }()
+	select {
+	case <-ready:
+	case err := <-ended:
+		ended <- nil
+		return "", fmt.Errorf("port-forward ended: %w", err)
+	}
+	ports, err := forwarder.GetPorts()
+	if err != nil {
+		return "", err
+	}
+	request, err := http.NewRequestWithContext(c.ctx, "GET", fmt.Sprintf("http://127.0.0.1:%d%s", ports[0].Local, path), nil)
+	if err != nil {
+		return "", err
+	}
+	request.Close = true
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(response.Body, maxBody))
+	return string(body), err
+}
+
+// list prints a line for each; none when nothing is left.
+func (c criClient) list(verb string) (string, error) {
+	var ids []string
+	if verb == "pods" {
+		pods, err := c.runtime.ListPodSandbox(c.ctx, nil)
+		if err != nil {
+			return "", err
+		}
+		for _, pod := range pods {
+			ids = append(ids, pod.Id)
+		}
+	} else {
+		containers, err := c.runtime.ListContainers(c.ctx, nil)
+		if err != nil {
+			return "", err
+		}
+		for _, container := range containers {
+			ids = append(ids, container.Id)
+		}
+	}
+	return strings.Join(ids, "\n"), nil
 }
 
 func (c criClient) images(endpoint string) (string, error) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -29,6 +30,9 @@ const (
 
 	roleInit   = "init"
 	roleScript = "script"
+
+	// A script may start $SELF in this role in a container's network: busybox has no UDP server.
+	roleUDPEcho = "udpecho"
 )
 
 // Time limits of one script, and of cleaning up behind it.
@@ -45,8 +49,29 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "e2e init:", err)
 		}
 		os.Exit(code)
+	case roleUDPEcho:
+		fmt.Fprintln(os.Stderr, "e2e udpecho:", udpEcho())
+		os.Exit(1)
 	default:
 		os.Exit(m.Run())
+	}
+}
+
+// udpEcho answers "heard X" to each datagram X at port 53.
+func udpEcho() error {
+	conn, err := net.ListenPacket("udp4", ":53")
+	if err != nil {
+		return err
+	}
+	packet := make([]byte, 512)
+	for {
+		n, from, err := conn.ReadFrom(packet)
+		if err != nil {
+			return err
+		}
+		if _, err := conn.WriteTo(append([]byte("heard "), packet[:n]...), from); err != nil {
+			return err
+		}
 	}
 }
 

@@ -115,6 +115,11 @@ func setup(env *testscript.Env) error {
 	env.Setenv("ROOT", root)
 	env.Setenv("REPO", repo)
 	env.Setenv("BIN", bin)
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	env.Setenv("SELF", self)
 	env.Setenv("IMAGES", filepath.Join(cache, "images/current"))
 	env.Setenv("CACHE", cache)
 	env.Setenv("DOCKER_HOST", "unix://"+filepath.Join(root, "run/docker.sock"))

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -25,6 +26,7 @@ func (s *Server) adopt() error {
 	for _, r := range records {
 		if r.PID == 0 {
 			// The runner was killed in the midst of a start that it never answered.
+			s.killHalfMade(r)
 			s.letGo(r)
 			if err := s.sweep(r); err != nil {
 				s.log.Error("sweep away a process that was half made", "process", r.ID, "err", err)
@@ -39,6 +41,29 @@ func (s *Server) adopt() error {
 		}
 	}
 	return s.adoptRest(known)
+}
+
+// killHalfMade kills an exec'd process whose start nobody was told of. Its pid is not known; what
+// it writes to is. (A container's first process is killed with its group; one on a terminal is
+// hung up when that is closed.)
+func (s *Server) killHalfMade(r record) {
+	if r.first() {
+		return
+	}
+	pids, err := s.groups.Pids(r.Group)
+	if err != nil {
+		s.log.Error("look for a process that was half made", "process", r.ID, "err", err)
+	}
+	prefix := s.fifos(r.ID) + string(filepath.Separator)
+	for _, pid := range pids {
+		for _, fd := range []string{"0", "1", "2"} {
+			to, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(pid), "fd", fd))
+			if err == nil && strings.HasPrefix(to, prefix) {
+				_ = unix.Kill(pid, unix.SIGKILL)
+				break
+			}
+		}
+	}
 }
 
 // adoptProc takes one process over. A process whose parts are partly lost is adopted all the

@@ -319,12 +319,15 @@ func (s *Server) sweepGroup(group string) error {
 		return nil
 	}
 	deadline := time.Now().Add(deathTimeout)
+	if err := s.groups.Kill(group); err != nil {
+		return err
+	}
 	for {
-		if err := s.groups.Kill(group); err != nil {
-			return err
-		}
 		err := s.groups.Remove(group)
 		if err == nil || !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		if err := s.groups.KillEverywhere(group); err != nil {
 			return err
 		}
 		if time.Now().After(deadline) {

@@ -8,6 +8,7 @@
 package holder
 
 import (
+	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -74,18 +75,24 @@ func Run(c Config) error {
 	}
 	h.maxFDs = raiseFiles() - spareFDs
 	again, err := h.setUp()
-	if err != nil {
-		ready(err)
-		return err
+	if err == nil {
+		if _, _, errno := syscall.Syscall6(syscall.SYS_PRCTL, prSubreaper, 1, 0, 0, 0, 0); errno != 0 {
+			err = errno
+		}
 	}
-	if _, _, errno := syscall.Syscall6(syscall.SYS_PRCTL, prSubreaper, 1, 0, 0, 0, 0); errno != 0 {
-		ready(errno)
-		return errno
+	if err != nil {
+		_ = ready(err) // whoever launched us is told, or is gone
+		return err
 	}
 	if !again {
 		h.findPredecessors()
 	}
-	ready(nil)
+	// Launched by one that died meanwhile: whoever still wants a holder launches one, and maybe
+	// nobody does any more.
+	if err := ready(nil); err != nil {
+		_ = syscall.Unlink(h.Root.Socket("holder"))
+		return fmt.Errorf("tell the launcher: %w", err)
+	}
 	return h.loop()
 }
 
@@ -305,19 +312,21 @@ func raiseFiles() int {
 	return int(min(l.Cur, 1<<20))
 }
 
-// ready tells whoever launched this holder that it is, or why it is not.
-func ready(err error) {
+// ready tells whoever launched this holder, if it asked, that it is, or why it is not. It fails
+// when the launcher is gone.
+func ready(err error) error {
 	n, convErr := wire.ParseUint(os.Getenv(wire.ReadyEnv))
 	if convErr != nil {
-		return
+		return nil // nobody asked: started from a unit or by hand, or replaced in place
 	}
 	_ = os.Unsetenv(wire.ReadyEnv)
 	text := wire.Encode(wire.OK)
 	if err != nil {
 		text = wire.Encode(wire.Failed, errdefs.Name(err), err.Error())
 	}
-	_, _ = syscall.Write(int(n), text)
+	_, writeErr := syscall.Write(int(n), text)
 	_ = syscall.Close(int(n))
+	return writeErr
 }
 
 // writeFile replaces a file in one step. It is not fsynced: it need not survive a power cut.
