@@ -157,8 +157,14 @@ func (d *daemon) run(ctx context.Context) error {
 	part("images", d.images.Run)
 	part("engine", func(ctx context.Context) error { return d.engine.Run(ctx, func() { close(d.ready) }) })
 	part("holder", func(ctx context.Context) error {
-		if err := hold.Survive(ctx, d.root, d.holder, d.sockets.park); err != nil {
-			return err
+		err := hold.Survive(ctx, d.root, d.holder, d.sockets.park)
+		for err != nil && ctx.Err() == nil {
+			// Without a holder it still holds everything: better alone than gone.
+			slog.Error("no new berth-holder yet", "error", err)
+			err = hold.Revive(ctx, d.root, d.sockets.park)
+		}
+		if ctx.Err() != nil {
+			return nil
 		}
 		return errors.New("berth-holder is gone; the new one starts the daemon again")
 	})

@@ -81,7 +81,7 @@ func (a *app) watchResting(ctx context.Context) (context.Context, func()) {
 		}
 		defer h.Close()
 		if s, err := h.Status(); err == nil && s.Mode == wire.ModeKept {
-			cancel(platformError(fmt.Errorf("Berth was told to rest while its containers go on; '%s' makes it manage them again", a.hint("up"))))
+			cancel(platformError(fmt.Errorf("berth was told to rest while its containers go on; '%s' makes it manage them again", a.hint("up"))))
 		}
 	})
 	return ctx, func() { timer.Stop() }

@@ -54,17 +54,6 @@ func (d *daemon) note(s string) {
 	d.seen = append(d.seen, s)
 }
 
-func (d *daemon) saw(s string) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, x := range d.seen {
-		if x == s {
-			return true
-		}
-	}
-	return false
-}
-
 func (d *daemon) json(pattern string, status int, body any) {
 	d.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(status)

@@ -85,11 +85,6 @@ func (s *progressStream) send(m progressMessage) {
 	s.mu.Unlock()
 }
 
-// say queues a statement on the whole.
-func (s *progressStream) say(format string, args ...any) {
-	s.send(progressMessage{Message: jsonstream.Message{Status: fmt.Sprintf(format, args...)}})
-}
-
 // print queues plain output, as load and build give it.
 func (s *progressStream) print(text string) {
 	s.send(progressMessage{Message: jsonstream.Message{Stream: text}})
@@ -126,7 +121,7 @@ func (s *progressStream) run(ctx context.Context, work func(context.Context) err
 		}
 		if err := s.flush(); err != nil {
 			cancel() // the client is gone; wait for work to notice
-			<-done
+			<-done   //nolint:errcheck // what it says then is of no use to anybody
 			return nil
 		}
 	}

@@ -38,7 +38,6 @@ type liveEngine struct {
 	sandboxes  []engine.Sandbox
 	execs      map[string]*liveExec
 	running    sync.WaitGroup
-	updated    []engine.Resources
 	resized    [][2]uint16
 	logs       []engine.LogEntry
 	failCreate error

@@ -57,7 +57,7 @@ func backingFilesystem(dir string) string {
 	if unix.Statfs(dir, &st) != nil {
 		return ""
 	}
-	switch int64(st.Type) {
+	switch st.Type {
 	case unix.EXT4_SUPER_MAGIC:
 		return "extfs"
 	case unix.XFS_SUPER_MAGIC:

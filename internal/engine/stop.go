@@ -5,7 +5,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"berth/internal/errdefs"
@@ -317,7 +316,7 @@ func (e *Engine) UpdateContainer(ctx context.Context, ref string, res *Resources
 	running, id := c.running(), c.Config.ID
 	c.mu.Unlock()
 	if res != nil && running {
-		var lr *specs.LinuxResources = linuxResources(*res)
+		lr := linuxResources(*res)
 		if err := e.link.do(ctx, func(r Runner) error { return r.Update(ctx, id, lr) }); err != nil {
 			return err
 		}

@@ -267,7 +267,7 @@ func wantKind(t *testing.T, err, kind error, text string) {
 	if err == nil {
 		t.Fatalf("no error; want %v: %s", kind, text)
 	}
-	if got := errdefs.Kind(err); got != kind { //nolint:errorlint // kinds are compared by identity
+	if got := errdefs.Kind(err); got != kind {
 		t.Errorf("error %q is of kind %v, want %v", err, got, kind)
 	}
 	if !strings.Contains(err.Error(), text) {

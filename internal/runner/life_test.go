@@ -427,7 +427,7 @@ func TestExecLeavesWriterBehind(t *testing.T) {
 	}
 	n.killRunner()
 	<-c.Closed()
-	c = n.dial()
+	n.dial()
 	if err := os.WriteFile(n.rootfs+"/tmp/go", nil, 0o644); err != nil {
 		t.Fatal(err)
 	}

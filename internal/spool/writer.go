@@ -26,7 +26,7 @@ type Writer struct {
 	slots     int    // allocated
 	recorded  bool   // the record before slot holds for the next splice too
 
-	last    bool // no more is to come than what the pipes hold
+	last bool // no more is to come than what the pipes hold
 
 	dropped uint64
 	cause   error

@@ -168,8 +168,11 @@ func stage(dir string) error {
 // reach a runtime that conmon starts with an environment of its own.
 func stageLibraries(lib string) error {
 	places, err := filepath.Glob("/usr/lib/*-linux-gnu")
-	if err != nil || len(places) == 0 {
-		return fmt.Errorf("no directory of shared libraries in /usr/lib (%v)", err)
+	if err != nil {
+		return err
+	}
+	if len(places) == 0 {
+		return errors.New("no directory of shared libraries in /usr/lib")
 	}
 	if err := unix.Mount("lib", places[0], "overlay", unix.MS_RDONLY, "lowerdir="+lib+":"+places[0]); err != nil {
 		return fmt.Errorf("overlay on %s: %w", places[0], err)
