@@ -97,7 +97,7 @@ func (d *daemon) openNode(ctx context.Context) error {
 	}
 	var err error
 	if d.networks, err = network.Open(ctx, network.Options{
-		Root: d.root, Store: d.journal, Sockets: d.sockets, Events: d.hub, Describe: d.describe,
+		Root: d.root, Store: d.journal, Sockets: d.sockets, Describe: d.describe,
 	}); err != nil {
 		return err
 	}
@@ -155,6 +155,7 @@ func (d *daemon) run(ctx context.Context) error {
 	}
 	part("journal", d.journal.Run)
 	part("images", d.images.Run)
+	part("network", d.repairRules)
 	part("engine", func(ctx context.Context) error { return d.engine.Run(ctx, func() { close(d.ready) }) })
 	part("holder", func(ctx context.Context) error {
 		err := hold.Survive(ctx, d.root, d.holder, d.sockets.park)
@@ -174,6 +175,25 @@ func (d *daemon) run(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// repairEvery is how often the packet filter's rules are compared with what they should be:
+// an administrator or another program may have flushed them.
+const repairEvery = 30 * time.Second
+
+func (d *daemon) repairRules(ctx context.Context) error {
+	t := time.NewTicker(repairEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+			if err := d.networks.Repair(ctx); err != nil && ctx.Err() == nil {
+				slog.Warn("packet filter rules not repaired", "error", err)
+			}
+		}
+	}
 }
 
 // serveAPIs waits until everything that ran is adopted, then answers.

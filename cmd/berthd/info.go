@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -31,9 +32,9 @@ func (d *daemon) info(ctx context.Context) dockerapi.Info {
 	when, _ := time.Parse(time.RFC3339, built) // a development build has no date
 	in := dockerapi.Info{
 		Version: version, Commit: commit, Built: when, ID: id, Name: name, StateDir: d.root.State,
-		CgroupVersion: "1", SwapLimit: true, RunnerVersion: version,
+		CgroupVersion: "1", SwapLimit: swapLimit(), RunnerVersion: version,
 		SecurityOptions:    []string{"name=seccomp,profile=builtin"},
-		InsecureRegistries: d.flags.insecure,
+		InsecureRegistries: d.flags.insecure, NodeAddress: nodeAddress(),
 	}
 	if g, err := cgroup.Detect(); err == nil && g.Mode == cgroup.V2 {
 		in.CgroupVersion = "2"
@@ -45,6 +46,29 @@ func (d *daemon) info(ctx context.Context) dockerapi.Info {
 		}
 	}
 	return in
+}
+
+// swapLimit tells whether the kernel can bound memory plus swap; cgroup v2 always can.
+func swapLimit() bool {
+	g, err := cgroup.Detect()
+	if err != nil || g.Mode == cgroup.V2 {
+		return err == nil
+	}
+	_, err = os.Stat(filepath.Join(g.Path("memory", "/"), "memory.memsw.limit_in_bytes"))
+	return err == nil
+}
+
+// nodeAddress is the address by which others reach this node: what its default route leaves from.
+func nodeAddress() string {
+	c, err := net.Dial("udp4", "192.0.2.1:9") // documentation address: nothing is sent
+	if err != nil {
+		return ""
+	}
+	defer c.Close()
+	if a, ok := c.LocalAddr().(*net.UDPAddr); ok {
+		return a.IP.String()
+	}
+	return ""
 }
 
 // nodeID is made once and kept.

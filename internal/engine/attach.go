@@ -32,7 +32,7 @@ func (e *Engine) Attach(_ context.Context, ref string, o AttachOptions) (*Attach
 		return nil, err
 	}
 	if o.Stdin && v.Config.OpenStdin {
-		a.Stdin = &stdinWriter{e: e, id: v.Config.ID, hub: c.stdin, last: v.Config.StdinOnce}
+		a.Stdin = &stdinWriter{e: e, id: v.Config.ID, hub: c.stdin, last: v.Config.StdinOnce && !v.Config.Terminal}
 	}
 	e.publish(v, "attach")
 	return a, nil
@@ -125,6 +125,7 @@ func (o *output) attach(opts AttachOptions, terminal bool) (*Attachment, error) 
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	pos, err := r.End()
+	r.Close() // Copy opens it again: an attachment that is never copied holds no file
 	if err != nil {
 		return nil, err
 	}

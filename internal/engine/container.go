@@ -10,9 +10,11 @@ import (
 	"sync"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"berth/internal/errdefs"
+	"berth/internal/event"
 )
 
 // container is the engine's own view of a container.
@@ -120,6 +122,9 @@ func (e *Engine) CreateContainer(ctx context.Context, cfg ContainerConfig) (Cont
 	e.mu.Unlock()
 
 	err = os.MkdirAll(e.Root.Container(cfg.ID), 0o710)
+	if err == nil && cfg.Sandbox == cfg.ID {
+		err = e.makePrivate(box)
+	}
 	if err == nil {
 		c.mu.Lock()
 		err = e.save(c)
@@ -378,10 +383,18 @@ func (e *Engine) removeLocked(ctx context.Context, c *container, volumes bool) e
 	c.waiters = nil
 	c.mu.Unlock()
 	e.publish(v, "destroy")
-	if cfg.Sandbox == id {
-		return e.removeSandboxIfEmpty(ctx, id)
+	e.releaseImage(ctx, cfg.ImageID)
+	return e.removeSandboxIfEmpty(ctx, cfg.Sandbox)
+}
+
+// releaseImage tells the image store when the last container of an image is gone.
+func (e *Engine) releaseImage(ctx context.Context, imageID string) {
+	if ids, _ := e.ImageUsers(imageID); len(ids) > 0 || imageID == "" {
+		return
 	}
-	return nil
+	if err := e.Images.Release(ctx, digest.Digest(imageID)); err != nil && !errorIs(err, errdefs.ErrNotFound) {
+		e.log.Warn("layers of an image that was removed by force stay", "image", imageID, "error", err)
+	}
 }
 
 func (e *Engine) removeAnonymous(ctx context.Context, cfg ContainerConfig) {
@@ -391,7 +404,9 @@ func (e *Engine) removeAnonymous(ctx context.Context, cfg ContainerConfig) {
 		}
 		if err := e.Volumes.Remove(ctx, m.Source); err != nil && !errorIs(err, errdefs.ErrNotFound) {
 			e.log.Warn("anonymous volume not removed", "volume", m.Source, "container", cfg.ID, "error", err)
+			continue
 		}
+		e.Options.Events.Publish(event.Event{Type: "volume", Action: "destroy", ID: m.Source, Attributes: map[string]string{"driver": "local"}})
 	}
 }
 

@@ -44,6 +44,9 @@ type Runner interface {
 // Images gives root file systems (package image).
 type Images interface {
 	RootFS(ctx context.Context, id digest.Digest) ([]string, error)
+	// Release says that no container uses the image any more: if it was removed by force
+	// meanwhile, its layers go now.
+	Release(ctx context.Context, id digest.Digest) error
 }
 
 // Networks gives namespaces, addresses and ports (package network).
@@ -65,6 +68,8 @@ type Volumes interface {
 	Path(name string) (string, error)
 	CopyUp(ctx context.Context, name, rootfs, path string) error
 	Remove(ctx context.Context, name string) error
+	// Teardown unmounts what volumes have mounted.
+	Teardown() error
 }
 
 // Resolvers answers names in sandboxes (package dns on sockets of package network).

@@ -133,7 +133,7 @@ func (e *Engine) AttachExec(_ context.Context, id string, o AttachOptions) (*Att
 		return nil, err
 	}
 	if o.Stdin && x.Config.OpenStdin {
-		a.Stdin = &stdinWriter{e: e, id: id, hub: x.stdin, last: true}
+		a.Stdin = &stdinWriter{e: e, id: id, hub: x.stdin, last: !x.Config.Terminal}
 	}
 	return a, nil
 }

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -34,7 +35,7 @@ func (e *Engine) restore(ctx context.Context, list []runner.Status) error {
 		for _, c := range e.containers {
 			used = used || c.Config.Sandbox == id && (alive[c.Config.ID] || c.State.Status == StatusRestarting && !e.rebooted())
 		}
-		if b.State.Ready && e.namespacesExist(id) && (used || e.containers[id] == nil) {
+		if b.State.Ready && e.namespacesExist(id) && (used || !b.Config.Private) {
 			live[id] = true
 		}
 	}
@@ -293,7 +294,7 @@ func (e *Engine) Drain(ctx context.Context) error {
 	if first != nil {
 		return first
 	}
-	return e.Networks.Teardown(ctx)
+	return errors.Join(e.Volumes.Teardown(), e.Networks.Teardown(ctx))
 }
 
 // Undrain takes Drain back when going down failed and the instance stays.

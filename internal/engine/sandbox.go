@@ -20,7 +20,7 @@ import (
 
 // sandbox is the engine's own view of a sandbox.
 //
-// A sandbox with the ID of a container is private: it becomes ready with the container's start,
+// A sandbox with the ID of a container is private: it becomes ready with a container's start,
 // is stopped when nothing in it runs any more, and is removed with the last container in it.
 // Others (pods) live by StartSandbox, StopSandbox and RemoveSandbox alone.
 type sandbox struct {
@@ -159,10 +159,22 @@ func (e *Engine) occupied(id string) bool {
 	return false
 }
 
+// makePrivate notes that the sandbox lives and ends with the containers in it.
+func (e *Engine) makePrivate(b *sandbox) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.Config.Private = true
+	return e.saveSandbox(b)
+}
+
 func (e *Engine) private(id string) bool {
-	e.mu.RLock()
-	defer e.mu.RUnlock()
-	return e.containers[id] != nil
+	b, err := e.findSandbox(id)
+	if err != nil {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.Config.Private
 }
 
 // readyLocked makes namespaces, endpoints, ports and files. On failure nothing of it is left.
@@ -190,7 +202,7 @@ func (e *Engine) readyLocked(ctx context.Context, b *sandbox) (err error) {
 		}
 	}
 	if len(cfg.Ports) > 0 && len(st.Endpoints) > 0 {
-		if st.Ports, err = e.Networks.Publish(ctx, cfg.ID, st.Endpoints[0].Address.Addr(), cfg.Ports); err != nil {
+		if st.Ports, err = e.Networks.Publish(ctx, cfg.ID, e.publishedAt(st.Endpoints), cfg.Ports); err != nil {
 			return errdefs.Wrap("driver failed programming external connectivity", err)
 		}
 	}
@@ -246,6 +258,17 @@ func (e *Engine) attachAll(ctx context.Context, cfg SandboxConfig, netns string)
 		e.publishNetwork(w.Network, "connect", cfg.ID)
 	}
 	return eps, nil
+}
+
+// publishedAt is the address that published ports lead to: on the first network that has a way
+// in, or else the first, for the network to refuse it in its own words.
+func (e *Engine) publishedAt(eps []network.Endpoint) netip.Addr {
+	for _, ep := range eps {
+		if n, err := e.Networks.Get(ep.NetworkID); err == nil && !n.Config.Internal {
+			return ep.Address.Addr()
+		}
+	}
+	return eps[0].Address.Addr()
 }
 
 func (e *Engine) publishNetwork(netID, action, sandboxID string) {
@@ -350,10 +373,10 @@ func (e *Engine) dropSandbox(ctx context.Context, b *sandbox) error {
 	return nil
 }
 
-// removeSandboxIfEmpty removes the sandbox that a removed container had made, unless others are in it.
+// removeSandboxIfEmpty removes a private sandbox after the last container in it.
 func (e *Engine) removeSandboxIfEmpty(ctx context.Context, id string) error {
 	b, err := e.findSandbox(id)
-	if err != nil || len(e.inSandbox(id)) > 0 {
+	if err != nil || !e.private(id) || len(e.inSandbox(id)) > 0 {
 		return nil
 	}
 	return e.dropSandbox(ctx, b)

@@ -306,6 +306,7 @@ func linuxResources(r Resources) *specs.LinuxResources {
 		p := uint64(r.CPUPeriod)
 		out.CPU.Period = &p
 	}
+	out.Unified = r.Unified
 	out.CPU.Cpus, out.CPU.Mems = r.CpusetCPUs, r.CpusetMems
 	if r.PidsLimit != 0 {
 		v := r.PidsLimit

@@ -58,6 +58,10 @@ type SandboxConfig struct {
 	LogDirectory string // CRI: where containers' log paths are relative to
 	ShmBytes     int64  // size of /dev/shm; 0: 64 MiB
 
+	// Private is set by the engine when a container with the same ID is made: the sandbox then
+	// lives and ends with the containers in it.
+	Private bool
+
 	Dialect json.RawMessage // the dialect's own words, kept for its inspect; opaque here
 }
 
@@ -170,6 +174,7 @@ type Resources struct {
 	CpusetMems        string
 	PidsLimit         int64 // -1 unlimited
 	OOMKillDisable    bool
+	Unified           map[string]string // cgroup v2 files and what to write into them
 	Ulimits           []Ulimit
 }
 
