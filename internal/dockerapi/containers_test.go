@@ -217,7 +217,7 @@ func TestCreateConversion(t *testing.T) {
 	wantBox := engine.SandboxConfig{
 		ID: c.Config.ID, Owner: engine.OwnerDocker, Hostname: "h", Domainname: "d", HostIPC: true, ShmBytes: 1 << 20,
 		Endpoints: []engine.EndpointConfig{{
-			Network: shop.ID, Aliases: []string{"web", "front", c.Config.ID[:12]},
+			Network: shop.ID, Aliases: []string{"front"},
 			Address: netip.MustParseAddr("172.20.0.9"), MAC: "02:42:ac:14:00:09",
 		}},
 		Ports: []network.Port{

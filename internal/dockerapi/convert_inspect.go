@@ -166,7 +166,7 @@ func (v view) endpoints(version int) map[string]*networktypes.EndpointSettings {
 		}
 		es := &networktypes.EndpointSettings{NetworkID: id, DriverOpts: wish.DriverOptions}
 		if name != network.DefaultNetwork {
-			es.DNSNames = slices.Clone(wish.Aliases)
+			es.DNSNames = v.dnsNames(wish.Aliases)
 			es.Aliases = v.userAliases(wish.Aliases, version)
 		}
 		if wish.Address.IsValid() {
@@ -182,6 +182,13 @@ func (v view) endpoints(version int) map[string]*networktypes.EndpointSettings {
 		out[name] = es
 	}
 	return out
+}
+
+// dnsNames are all names that are answered: the container's own, its aliases, its short ID.
+func (v view) dnsNames(aliases []string) []string {
+	id := v.c.Config.ID
+	names := append([]string{v.c.Config.Name}, aliases...)
+	return append(names, id[:min(len(id), shortIDLength)])
 }
 
 // userAliases takes the container's own names, which docker shows elsewhere, off its aliases.

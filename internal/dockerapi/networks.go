@@ -233,14 +233,13 @@ func endpointWish(n network.Network, es *networktypes.EndpointSettings) (engine.
 // shortIDLength is how many digits of an ID docker shows.
 const shortIDLength = 12
 
-// endpointAliases are the names under which c is found on n: its own, the asked ones, its short
-// ID. The default network has no names.
+// endpointAliases are the further names under which c is found on n. The engine answers its own
+// name, which may change, and its short ID by itself. The default network has no names.
 func endpointAliases(c engine.Container, n network.Network, aliases []string) []string {
 	if n.Config.Name == network.DefaultNetwork {
 		return nil
 	}
-	names := append([]string{c.Config.Name}, aliases...)
-	names = append(names, c.Config.ID[:min(len(c.Config.ID), shortIDLength)])
+	names := slices.DeleteFunc(slices.Clone(aliases), func(a string) bool { return a == c.Config.Name })
 	seen := map[string]bool{"": true}
 	return slices.DeleteFunc(names, func(name string) bool {
 		again := seen[name]

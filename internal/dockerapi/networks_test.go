@@ -229,7 +229,7 @@ func TestNetworkConnect(t *testing.T) {
 		t.Fatalf("%d %s", status, body)
 	}
 	want := engine.EndpointConfig{
-		Network: front.ID, Aliases: []string{"web", "www", "aaaaaaaaaaaa"}, Address: netip.MustParseAddr("172.20.0.9"),
+		Network: front.ID, Aliases: []string{"www"}, Address: netip.MustParseAddr("172.20.0.9"),
 		MAC: "02:42:00:00:00:09", DriverOptions: map[string]string{"k": "v"},
 	}
 	if diff := cmp.Diff(want, n.engine.connects[0], cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {

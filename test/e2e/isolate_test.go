@@ -22,6 +22,7 @@ import (
 // starts itself in them as their init, which starts itself once more to run one script.
 const (
 	roleVar   = "BERTH_E2E_ROLE"
+	testVar   = "BERTH_E2E_TEST" // what runs inside
 	scriptVar = "BERTH_E2E_SCRIPT"
 	rootVar   = "BERTH_E2E_ROOT"
 
@@ -78,6 +79,16 @@ func udpEcho() error {
 // isolated runs one script in namespaces of its own and returns what it printed.
 func isolated(t *testing.T, script string) ([]byte, error) {
 	t.Helper()
+	limit := scriptTimeout
+	if own := ownTimeout(script); own > 0 {
+		limit = own
+	}
+	return isolatedTest(t, "TestOneScript", limit, scriptVar+"="+script)
+}
+
+// isolatedTest runs one test of this program in namespaces of its own.
+func isolatedTest(t *testing.T, test string, limit time.Duration, env ...string) ([]byte, error) {
+	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "be-") // short: socket paths are below it
 	if err != nil {
 		t.Fatal(err)
@@ -96,15 +107,12 @@ func isolated(t *testing.T, script string) ([]byte, error) {
 		}
 		removeTree(t, dir)
 	})
-	limit := scriptTimeout
-	if own := ownTimeout(script); own > 0 {
-		limit = own
-	}
 	limit = patience(limit)
 	ctx, cancel := context.WithTimeout(context.Background(), limit+cleanupTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe")
-	cmd.Env = append(os.Environ(), roleVar+"="+roleInit, scriptVar+"="+script, rootVar+"="+root.Arg, timeoutVar+"="+limit.String())
+	cmd.Env = append(os.Environ(), roleVar+"="+roleInit, testVar+"="+test, rootVar+"="+root.Arg, timeoutVar+"="+limit.String())
+	cmd.Env = append(cmd.Env, env...)
 	if testing.Verbose() {
 		cmd.Env = append(cmd.Env, verboseVar+"=1")
 	}
@@ -166,7 +174,7 @@ func runInit() (int, error) {
 			env = append(env, e)
 		}
 	}
-	args := []string{exe, "-test.run=^TestOneScript$", "-test.count=1", "-test.timeout=" + os.Getenv(timeoutVar)}
+	args := []string{exe, "-test.run=^" + os.Getenv(testVar) + "$", "-test.count=1", "-test.timeout=" + os.Getenv(timeoutVar)}
 	if os.Getenv(verboseVar) != "" {
 		args = append(args, "-test.v")
 	}

@@ -88,19 +88,11 @@ func setup(env *testscript.Env) error {
 	if err != nil {
 		return err
 	}
-	cache := os.Getenv("BERTH_CACHE")
-	if cache == "" {
-		home, err := os.UserCacheDir()
-		if err != nil {
-			return err
-		}
-		cache = filepath.Join(home, "berth")
+	cache, err := cacheDir()
+	if err != nil {
+		return err
 	}
-	root := os.Getenv(rootVar)
-	bin := os.Getenv("BERTH_BIN")
-	if bin == "" {
-		bin = filepath.Join(repo, "bin")
-	}
+	root, bin := os.Getenv(rootVar), binDir(repo)
 	// docker login writes to its config directory: a script has one of its own, with the plugins.
 	docker := filepath.Join(env.WorkDir, ".docker")
 	if err := os.MkdirAll(docker, 0o700); err != nil {
@@ -131,6 +123,21 @@ func setup(env *testscript.Env) error {
 	env.Values[savedKey{}] = &saved{}
 	env.Defer(func() { showLogs(env) })
 	return nil
+}
+
+func cacheDir() (string, error) {
+	if cache := os.Getenv("BERTH_CACHE"); cache != "" {
+		return cache, nil
+	}
+	home, err := os.UserCacheDir()
+	return filepath.Join(home, "berth"), err
+}
+
+func binDir(repo string) string {
+	if bin := os.Getenv("BERTH_BIN"); bin != "" {
+		return bin
+	}
+	return filepath.Join(repo, "bin")
 }
 
 // Condition words of scripts: [cgroup2] a unified hierarchy with controllers, [cmd:NAME] a program
@@ -164,7 +171,10 @@ func showLogs(env *testscript.Env) {
 	if !ok || !failed.Failed() {
 		return
 	}
-	root := os.Getenv(rootVar)
+	printLogs(os.Getenv(rootVar))
+}
+
+func printLogs(root string) {
 	for _, pattern := range []string{"*.log", "run/*.log", "log/*.log", "logs/*.log"} {
 		files, _ := filepath.Glob(filepath.Join(root, pattern))
 		for _, file := range files {
