@@ -30,7 +30,7 @@ func explain(v Container, box Sandbox, now time.Time) Explanation {
 	s := v.State
 	switch s.Status {
 	case StatusRunning:
-		x.Summary = fmt.Sprintf("It is running since %s (process %d).", ago(s.StartedAt), s.PID)
+		x.Summary = fmt.Sprintf("It has been running for %s (process %d).", now.Sub(s.StartedAt).Round(time.Second), s.PID)
 	case StatusPaused:
 		x.Summary = "It is paused: its processes are frozen and keep their memory."
 		hint("unpause it with: docker unpause %s", v.Config.Name)
@@ -61,7 +61,7 @@ func explain(v Container, box Sandbox, now time.Time) Explanation {
 		add("Its last end was %s: %s, after it had run for %s.", ago(last.At), codeWords(last.ExitCode, true, last.OOMKilled), last.Ran.Round(time.Millisecond))
 	}
 	if s.RestartCount > 0 {
-		add("It was restarted %d times by its policy %q.", s.RestartCount, v.Config.Restart.Name)
+		add("It was restarted %s by its policy %q.", times(s.RestartCount), v.Config.Restart.Name)
 	}
 	if s.OOMKilled && v.Config.Resources.MemoryBytes > 0 {
 		hint("its memory limit is %d MiB: raise it with --memory", v.Config.Resources.MemoryBytes>>20)
@@ -69,6 +69,13 @@ func explain(v Container, box Sandbox, now time.Time) Explanation {
 	explainHealth(v, add, hint)
 	explainPlace(v, box, add)
 	return x
+}
+
+func times(n int) string {
+	if n == 1 {
+		return "once"
+	}
+	return fmt.Sprintf("%d times", n)
 }
 
 func exitedSummary(s ContainerState, ago func(time.Time) string) string {
@@ -127,7 +134,7 @@ func explainHealth(v Container, add, hint func(string, ...any)) {
 	last := h.Log[len(h.Log)-1]
 	add("The last probe (%s) gave exit code %d: %s", CommandLine(v.Config.Health.Args), last.ExitCode, strings.TrimSpace(last.Output))
 	if h.FailingStreak > 0 {
-		add("%d probes failed in a row.", h.FailingStreak)
+		add("The probe failed %s in a row.", times(h.FailingStreak))
 	}
 	hint("run the probe by hand: docker exec %s %s", v.Config.Name, CommandLine(v.Config.Health.Args))
 }

@@ -236,7 +236,7 @@ func TestExplanations(t *testing.T) {
 			c.Config.Health = &engine.HealthCheck{Args: []string{"probe"}}
 			c.State = engine.ContainerState{Status: engine.StatusRunning, StartedAt: now, Health: &engine.Health{Status: engine.HealthUnhealthy, FailingStreak: 3,
 				Log: []engine.HealthResult{{ExitCode: 1, Output: "no answer"}}}}
-		}, []string{"unhealthy", "no answer", "3 probes failed", "docker exec web probe"}},
+		}, []string{"unhealthy", "no answer", "failed 3 times in a row", "docker exec web probe"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			v := base

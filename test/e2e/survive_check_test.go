@@ -265,22 +265,22 @@ func (p *passing) check(s *survival) {
 	if err != nil || string(outputs[0]) != want || len(outputs[1]) > 0 {
 		s.Errorf("logs of %s: %v: %q and %q, want %q", p.name, err, outputs[0], outputs[1], want)
 	}
-	if err := s.api.remove(p.name); err != nil {
+	if err := s.api.remove(p.name, "0"); err != nil {
 		s.Errorf("remove %s: %v", p.name, err)
 	}
 }
 
-// usage counts what must not grow.
-type usage map[string]int
+// inUse counts what must not grow.
+type inUse map[string]int
 
 // Descriptors and threads vary with what goes on at the moment; leaks do not stop at so few.
 const slack = 12
 
-// usage returns numbers that are the same whenever the same containers run, and for descriptors
+// measure returns numbers that are the same whenever the same containers run, and for descriptors
 // and threads nearly so.
-func (s *survival) usage() usage {
+func (s *survival) measure() inUse {
 	s.Helper()
-	u := usage{"mounts": len(mountsAll(s.T)), "records of processes": entries(s.root.Run, "procs"), "FIFO directories": entries(s.root.Run, "io"),
+	u := inUse{"mounts": len(mountsAll(s.T)), "records of processes": entries(s.root.Run, "procs"), "FIFO directories": entries(s.root.Run, "io"),
 		"exits recorded": entries(s.root.Run, "exits"), "bundles": entries(s.root.Run, "bundles"), "namespaces": entries(s.root.Run, "ns"),
 		"container directories": entries(s.root.Containers()), "sandbox directories": entries(filepath.Dir(s.root.Sandbox("x")))}
 	for _, dir := range isolate.Cgroups(s.root.Name()) {
@@ -329,9 +329,9 @@ func mountsAll(t *testing.T) []string {
 // end stops everything and checks what is left and what was written.
 func (s *survival) end() {
 	s.web.check(s.T)
-	s.wait("as much in use as at the start", func() error { return s.before.grown(s.usage()) })
+	s.wait("as much in use as at the start", func() error { return s.before.grown(s.measure()) })
 	s.Logf("in use at the start: %v", s.before)
-	s.Logf("in use at the end:   %v", s.usage())
+	s.Logf("in use at the end:   %v", s.measure())
 	s.web.stop()
 	s.web.clients.Wait()
 	_ = s.terminal.conn.Close()
@@ -340,8 +340,13 @@ func (s *survival) end() {
 		s.Error(err)
 	}
 	s.counted()
+	for _, l := range s.lasting {
+		if err := s.api.remove(l.name, "1"); err != nil {
+			s.Error(err)
+		}
+	}
 	bin, _ := binaries(s.T)
-	s.command(filepath.Join(bin, "berth"), "down", "--root", s.root.Arg, "--containers", "kill")
+	s.command(filepath.Join(bin, "berth"), "down", "--root", s.root.Arg, "--containers", "stop")
 	s.wait("nothing left behind", func() error {
 		left, err := leftovers(s.root.Arg)
 		if err == nil && len(left) > 0 {
@@ -351,7 +356,7 @@ func (s *survival) end() {
 	})
 }
 
-func (u usage) grown(now usage) error {
+func (u inUse) grown(now inUse) error {
 	var names []string
 	for name := range now {
 		names = append(names, name)

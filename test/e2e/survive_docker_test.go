@@ -141,7 +141,9 @@ func (d dockerClient) inspect(name string) (i inspected, err error) {
 	return i, d.do("GET", "/containers/"+name+"/json", nil, &i)
 }
 
-func (d dockerClient) remove(name string) error { return d.do("DELETE", "/containers/"+name, nil, nil) }
+func (d dockerClient) remove(name, force string) error {
+	return d.do("DELETE", "/containers/"+name+"?force="+force, nil, nil)
+}
 
 // logs returns what a container without a terminal wrote on its two outputs, in order.
 func (d dockerClient) logs(name string) (outputs [2][]byte, err error) {

@@ -98,7 +98,7 @@ type survival struct {
 	phoenix  time.Time // when its present run began, at the latest
 	pending  []*passing
 	serial   int
-	before   usage
+	before   inUse
 }
 
 // TestInsideSurvive runs in namespaces of its own; TestSurvive and TestSoak start it.
@@ -152,7 +152,6 @@ func (s *survival) until() func(n int) bool {
 func (s *survival) begin() {
 	bin, images := binaries(s.T)
 	s.command(filepath.Join(bin, "berth"), "up", "--root", s.root.Arg)
-	s.Cleanup(func() { s.command(filepath.Join(bin, "berth"), "down", "--root", s.root.Arg, "--containers", "kill") })
 	s.api.load(s.T, filepath.Join(images, "busybox.tar"))
 	out := filepath.Join(s.dir, "out")
 	if err := os.Mkdir(out, 0o700); err != nil {
@@ -171,7 +170,7 @@ func (s *survival) begin() {
 	s.terminal.tell(s.T, "TOKEN=secret-$((6*7))\n")
 	s.web = startWeb(s.api.gateway(s.T))
 	s.answers(-1)
-	s.before = s.usage()
+	s.before = s.measure()
 }
 
 // binaries are the directories of the executables and of the image archives.
