@@ -20,6 +20,9 @@ import (
 	"berth/internal/state"
 )
 
+// listenPrefix begins the keys under which berthd has its listening sockets kept.
+const listenPrefix = "listen"
+
 // Bounds of taking an instance down.
 const (
 	daemonTimeout = 10 * time.Second // for a daemon that is away to come back
@@ -79,8 +82,21 @@ func (a *app) downKeep(ctx context.Context, r state.Root) error {
 	if err := h.Stop(true); err != nil {
 		return err
 	}
+	if err := closeListeners(h); err != nil {
+		return err
+	}
 	fmt.Fprintf(a.Err, "stopped; containers go on, held by berth-holder (process %d); '%s' manages them again\n", s.PID, a.hint("up"))
 	return nil
+}
+
+// closeListeners gives up the daemon's listening sockets, which the holder keeps for its next
+// one: while nobody is to come soon, clients are told so at once instead of waiting.
+func closeListeners(h *hold.Client) error {
+	keys, err := h.List(listenPrefix)
+	for _, k := range keys {
+		err = errors.Join(err, h.Drop(k))
+	}
+	return err
 }
 
 // downStop stops everything. What could not be done is said, and ends with 125.

@@ -34,7 +34,6 @@ type container struct {
 	stdin    *stdinHub
 	restart  *time.Timer // pending restart
 	probes   *healthLoop
-	attempts int  // restarts in a row, for the back-off
 	starting bool // its start is under way
 	manual   bool // docker restart is at work: no automatic restart or removal
 }

@@ -15,6 +15,7 @@ const (
 	restartFirst = 100 * time.Millisecond
 	restartMax   = time.Minute
 	restartReset = 10 * time.Second
+	restartAway  = time.Second // to try again when the runner is away
 	pastKept     = 8
 	unknownCode  = 255 // shown when nobody could observe the exit; ExitKnown says so
 )
@@ -109,15 +110,36 @@ func (e *Engine) ended(ctx context.Context, c *container, pid int, exit runner.E
 		close(exited)
 	}
 	c.stdin.drop()
+	e.afterExit(ctx, c, d)
+}
+
+// afterExit does what follows from a recorded exit; the container's op is held.
+func (e *Engine) afterExit(ctx context.Context, c *container, d decision) {
 	e.cleanupRun(ctx, c, !d.restart)
 	switch {
 	case d.restart:
 		e.scheduleRestart(c, d.delay)
-	case cfg.AutoRemove && !c.keep():
+	case c.view().Config.AutoRemove && !c.keep():
 		if err := e.removeLocked(context.WithoutCancel(ctx), c, true); err != nil {
-			e.log.Warn("container with automatic removal not removed", "container", cfg.ID, "error", err)
+			e.log.Warn("container with automatic removal not removed", "container", c.Config.ID, "error", err)
 		}
 	}
+}
+
+// foundEnded settles what the runner knows as ended when the daemon comes. Its exit may be
+// recorded already: the daemon before this one died before the runner forgot.
+func (e *Engine) foundEnded(ctx context.Context, c *container, st runner.Status) {
+	s := c.view().State
+	if s.Status == StatusRunning || s.Status == StatusPaused || !s.FinishedAt.Equal(st.Exit.At) {
+		e.adopt(c, runner.Status{Process: st.Process, State: runner.Running})
+		e.ended(ctx, c, st.PID, st.Exit)
+		return
+	}
+	if err := c.op.lock(ctx); err != nil {
+		return // the daemon ends; the next one finds it
+	}
+	defer c.op.unlock()
+	e.afterExit(ctx, c, decision{restart: s.Status == StatusRestarting, delay: max(0, time.Until(s.NextRestart))})
 }
 
 // recordExit moves the record to its next state; c.mu is held.
@@ -137,9 +159,9 @@ func (e *Engine) recordExit(c *container, exit runner.Exit) decision {
 		s.Restarts = slices.Clone(s.Restarts[n-pastKept:])
 	}
 	if ran >= restartReset {
-		c.attempts = 0
+		s.Attempts = 0
 	}
-	d := decideRestart(c.Config.Restart, exit, ran, c.attempts, s.StoppedByUser, e.draining.Load() || c.manual)
+	d := decideRestart(c.Config.Restart, exit, ran, s.Attempts, s.StoppedByUser, e.draining.Load() || c.manual)
 	s.Status = StatusExited
 	if d.restart {
 		s.Status, s.NextRestart = StatusRestarting, time.Now().Add(d.delay)
@@ -198,19 +220,21 @@ func (e *Engine) restartNow(ctx context.Context, c *container) {
 		c.mu.Unlock()
 		return
 	}
-	c.attempts++
-	c.State.RestartCount++
-	attempts, policy := c.attempts, c.Config.Restart
+	policy := c.Config.Restart
 	c.mu.Unlock()
 	err := e.start(ctx, c)
-	if err == nil || ctx.Err() != nil {
+	switch {
+	case err == nil || ctx.Err() != nil:
+		return
+	case errorIs(err, errdefs.ErrUnavailable):
+		e.scheduleRestart(c, restartAway)
 		return
 	}
 	// A start that fails is an exit like any other, but for a program that does not exist.
 	if errorIs(err, errdefs.ErrNoProgram) || errorIs(err, errdefs.ErrInvocation) {
 		return
 	}
-	d := decideRestart(policy, runner.Exit{Known: true, Code: 128}, 0, attempts, false, e.draining.Load())
+	d := decideRestart(policy, runner.Exit{Known: true, Code: 128}, 0, c.view().State.Attempts, false, e.draining.Load())
 	if !d.restart {
 		return
 	}
@@ -222,6 +246,15 @@ func (e *Engine) restartNow(ctx context.Context, c *container) {
 		e.log.Error("record of a restarting container not written", "container", c.Config.ID, "error", saveErr)
 	}
 	e.scheduleRestart(c, d.delay)
+}
+
+// countRestart counts a start that a policy asked for, when it is recorded that it happened (or
+// failed): a daemon that dies between the two leaves a record that says "restarting". c.mu is held.
+func (c *container) countRestart() {
+	if c.State.Status == StatusRestarting {
+		c.State.RestartCount++
+		c.State.Attempts++
+	}
 }
 
 // cancelRestart stops a pending restart; c.mu is held.

@@ -179,6 +179,7 @@ func (e *Engine) adopt(c *container, st runner.Status) {
 		status = StatusPaused
 	}
 	changed := c.State.Status != status || c.State.PID != st.PID
+	c.countRestart()
 	c.State.Status, c.State.PID = status, st.PID
 	if c.exited == nil {
 		c.exited = make(chan struct{})
@@ -186,7 +187,6 @@ func (e *Engine) adopt(c *container, st runner.Status) {
 	if changed && c.State.StartedAt.Before(c.State.FinishedAt) || c.State.StartedAt.IsZero() {
 		c.State.StartedAt = time.Now()
 	}
-	c.attempts = c.State.RestartCount
 	var err error
 	if changed {
 		err = e.save(c)
@@ -212,11 +212,10 @@ func (e *Engine) reconcileOne(ctx context.Context, c *container, st runner.Statu
 				e.log.Warn("interrupted removal not finished", "container", v.Config.ID, "error", err)
 			}
 		}
-	case found && st.State == runner.Stopped && (ran || first):
-		if first {
-			e.adopt(c, runner.Status{Process: st.Process, State: runner.Running})
-		}
-		e.ended(ctx, c, st.PID, st.Exit)
+	case found && st.State == runner.Stopped && first:
+		e.foundEnded(ctx, c, st)
+	case found && st.State == runner.Stopped:
+		e.ended(ctx, c, st.PID, st.Exit) // ignores another run's; waits for a start that is under way
 	case found && st.State != runner.Stopped:
 		c.out.grew(e) // output may have come while nobody told us
 	case ran && (first || !found):

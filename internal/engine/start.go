@@ -46,7 +46,7 @@ func (e *Engine) StartContainer(ctx context.Context, ref string) error {
 	if c.State.Status == StatusRestarting {
 		c.State.Status = StatusExited
 	}
-	c.attempts, c.State.RestartCount = 0, 0
+	c.State.Attempts, c.State.RestartCount = 0, 0
 	c.mu.Unlock()
 	return e.start(ctx, c)
 }
@@ -239,6 +239,7 @@ func bindOptions(m Mount) []string {
 func (e *Engine) started(c *container, p runner.Process) error {
 	c.mu.Lock()
 	c.starting = false
+	c.countRestart()
 	now := time.Now()
 	c.State.Status, c.State.PID, c.State.StartedAt = StatusRunning, p.PID, now
 	c.State.Error, c.State.OOMKilled, c.State.ExitCode, c.State.ExitKnown = "", false, 0, false
@@ -259,6 +260,14 @@ func (e *Engine) started(c *container, p runner.Process) error {
 func (e *Engine) startFailed(ctx context.Context, c *container, err error) error {
 	c.mu.Lock()
 	c.starting = false
+	if c.State.Status == StatusRestarting && errorIs(err, errdefs.ErrUnavailable) {
+		// No fault of the container's: the runner is away, or the daemon is on its way out. The
+		// record says what is to be done.
+		c.mu.Unlock()
+		c.out.endRun(true)
+		return err
+	}
+	c.countRestart()
 	c.State.Error = err.Error()
 	c.State.ExitCode, c.State.ExitKnown = failureCode(err), true
 	if c.State.Status == StatusRestarting {

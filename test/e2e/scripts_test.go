@@ -171,10 +171,10 @@ func showLogs(env *testscript.Env) {
 	if !ok || !failed.Failed() {
 		return
 	}
-	printLogs(os.Getenv(rootVar))
+	printLogs(os.Getenv(rootVar), maxLogShown)
 }
 
-func printLogs(root string) {
+func printLogs(root string, limit int) {
 	for _, pattern := range []string{"*.log", "run/*.log", "log/*.log", "logs/*.log"} {
 		files, _ := filepath.Glob(filepath.Join(root, pattern))
 		for _, file := range files {
@@ -182,8 +182,8 @@ func printLogs(root string) {
 			if err != nil || len(text) == 0 {
 				continue
 			}
-			if len(text) > maxLogShown {
-				text = text[len(text)-maxLogShown:]
+			if len(text) > limit {
+				text = text[len(text)-limit:]
 			}
 			fmt.Printf("--- end of %s\n%s\n", file, text)
 		}

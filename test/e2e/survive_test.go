@@ -28,6 +28,7 @@ const (
 const (
 	defaultInstants = 200
 	surviveTimeout  = 15 * time.Minute
+	recovery        = 5 * time.Second        // from a kill to an instance that answers
 	maxOffset       = 250 * time.Millisecond // from everything being well to the kill
 	maxSecond       = 80 * time.Millisecond  // from a kill to a second one, of what is coming back
 	secondOdds      = 5                      // one kill in so many is followed by a second
@@ -118,7 +119,7 @@ func TestInsideSurvive(t *testing.T) {
 	s.api = newDockerClient(root.Socket("docker"))
 	defer func() {
 		if t.Failed() {
-			printLogs(root.Arg)
+			printLogs(root.Arg, 10*maxLogShown)
 		}
 	}()
 	s.begin()
@@ -270,7 +271,7 @@ func (s *survival) managersNow() map[string]int {
 func (s *survival) settled(old map[string]int, who []string, again bool) {
 	s.Helper()
 	all := slices.Contains(who, "berth-holder")
-	s.wait("those who were killed are back", func() error {
+	s.within(recovery, "those who were killed are back", func() error {
 		now := s.managersNow()
 		for name, pid := range old {
 			switch killed := all || slices.Contains(who, name); {
@@ -282,6 +283,10 @@ func (s *survival) settled(old map[string]int, who []string, again bool) {
 			return err
 		}
 		return s.api.resize("term") // goes through the runner
+	}, func() {
+		for _, pid := range old {
+			_ = unix.Kill(pid, unix.SIGQUIT) // who should be gone tells in its log why it is not
+		}
 	})
 	now := s.managersNow()
 	if !all && now["berth-holder"] != old["berth-holder"] {
@@ -298,14 +303,23 @@ func (s *survival) settled(old map[string]int, who []string, again bool) {
 // wait polls until f succeeds.
 func (s *survival) wait(what string, f func() error) {
 	s.Helper()
-	deadline := time.Now().Add(patience(pollTimeout))
+	s.within(pollTimeout, what, f, nil)
+}
+
+// within is wait with a limit; failed is called when that is reached.
+func (s *survival) within(limit time.Duration, what string, f func() error, failed func()) {
+	s.Helper()
+	deadline := time.Now().Add(patience(limit))
 	for {
 		err := f()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			s.Fatalf("%s: not within %v: %v", what, pollTimeout, err)
+			if failed != nil {
+				failed()
+			}
+			s.Fatalf("%s: not within %v: %v", what, limit, err)
 		}
 		time.Sleep(2 * time.Millisecond)
 	}

@@ -8,6 +8,7 @@ package hold
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"strconv"
@@ -103,6 +104,9 @@ func (c *Client) Close() error {
 	c.closed = true
 	err := c.conn.socket.Close()
 	<-c.conn.lost
+	if errors.Is(err, net.ErrClosed) { // the holder was faster
+		return nil
+	}
 	return err
 }
 

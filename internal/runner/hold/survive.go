@@ -104,21 +104,30 @@ func Revive(ctx context.Context, root state.Root, park func(*Client) error) erro
 	}
 	ctx, cancel := context.WithTimeout(ctx, surviveTimeout)
 	defer cancel()
-	next, err := dialUntil(ctx, root.Socket("holder"), func() error {
-		err := Launch(ctx, root, dir, args)
-		if err == nil || errors.Is(err, errdefs.ErrConflict) {
-			return nil
+	for {
+		next, err := dialUntil(ctx, root.Socket("holder"), func() error {
+			err := Launch(ctx, root, dir, args)
+			if err == nil || errors.Is(err, errdefs.ErrConflict) {
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			return err
 		}
-		return err
-	})
-	if err != nil {
-		return err
+		if park != nil {
+			err = park(next)
+		}
+		_ = next.Close()
+		if err == nil || !errors.Is(err, errdefs.ErrUnavailable) || ctx.Err() != nil {
+			return err
+		}
+		// The dead holder's socket takes connections until the kernel has closed it too.
+		select {
+		case <-ctx.Done():
+		case <-time.After(dialEvery):
+		}
 	}
-	defer next.Close()
-	if park == nil {
-		return nil
-	}
-	return park(next)
 }
 
 // daemonArgs returns what the dead holder gave to berthd.

@@ -13,11 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Init is what the program does first of all when its first argument is "init": libcontainer
-// executes it that way inside new containers. It does not return then.
+// Init is what the program does first of all when its first argument is "init", as libcontainer
+// executes it inside new containers, or "seccomp", as Programs does to compile a profile. It does
+// not return then.
 func Init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
+		useProgram()
 		libcontainer.Init()
+	}
+	if len(os.Args) == 2 && os.Args[1] == compileCommand {
+		if err := compileProgram(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
 	}
 	logrus.SetLevel(logrus.WarnLevel)
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/runc/libcontainer"
+	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -35,7 +36,8 @@ const initComm = "runc:[2:INIT]\n"
 
 // Launcher starts containers whose state is below Dir.
 type Launcher struct {
-	Dir string // libcontainer's state directory: one subdirectory per container
+	Dir      string    // libcontainer's state directory: one subdirectory per container
+	Programs *Programs // seccomp programs compiled before; nil: none are kept
 }
 
 // Stdio are a process's standard streams. They stay the caller's. With a Console socket the
@@ -103,6 +105,7 @@ func (l Launcher) Create(id string, spec *specs.Spec, stdio Stdio) (pid int, err
 		return 0, err
 	}
 	process.Init = true
+	l.addProgram(process, config.Seccomp)
 	container, err := libcontainer.Create(l.Dir, id, config)
 	if errors.Is(err, libcontainer.ErrExist) {
 		return 0, errdefs.New(errdefs.ErrExists, "container %s exists already", id)
@@ -190,10 +193,20 @@ func (l Launcher) Exec(container string, p *specs.Process, stdio Stdio) (pid int
 	if err != nil {
 		return 0, err
 	}
+	config := c.Config()
+	l.addProgram(process, config.Seccomp)
 	if err := c.Start(process); err != nil {
 		return 0, startError(err)
 	}
 	return process.Pid()
+}
+
+// addProgram gives the process's init the compiled form of its profile if there is one. It is no
+// file of the user's program: init makes it close on exec.
+func (l Launcher) addProgram(process *libcontainer.Process, profile *configs.Seccomp) {
+	if file := l.Programs.find(profile); file != nil {
+		process.ExtraFiles = []*os.File{file}
+	}
 }
 
 func (l Launcher) load(id string) (*libcontainer.Container, error) {

@@ -352,7 +352,7 @@ func (s *Server) finish(p *proc) bool {
 	p.waiters = nil
 	delete(s.ending, p)
 	s.mu.Unlock()
-	s.publish(runner.Event{Kind: runner.EventExit, ID: p.ID, Exit: exit})
+	s.publish(runner.Event{Kind: runner.EventExit, ID: p.ID, PID: r.PID, Exit: exit})
 	go func() { // bounded by the time a client has to take an answer, and the holder to give one
 		for _, w := range waiters {
 			w.client.answer(w.seq, exit, nil, nil)

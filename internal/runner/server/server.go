@@ -152,7 +152,7 @@ func newServer(c Config) (*Server, error) {
 	}
 	s := &Server{
 		Config: c, boot: strings.TrimSpace(string(boot)), groups: groups,
-		launcher: launch.Launcher{Dir: filepath.Join(c.Root.Run, "libcontainer")},
+		launcher: launch.Launcher{Dir: filepath.Join(c.Root.Run, "libcontainer"), Programs: new(launch.Programs)},
 		log:      slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		requests: make(chan struct{}, maxRequests), urgent: make(chan struct{}, maxRequests), starts: make(chan struct{}, maxStarts),
 		procs: map[string]*proc{}, sources: map[int]source{}, ending: map[*proc]struct{}{}, conns: map[*client]struct{}{},
