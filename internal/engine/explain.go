@@ -147,6 +147,10 @@ func explainPlace(v Container, box Sandbox, add func(string, ...any)) {
 	case NetworkNone:
 		add("It has no network but its own loopback.")
 	}
+	active := v.State.Status == StatusRunning || v.State.Status == StatusPaused || v.State.Status == StatusRestarting
+	if !active { // what its sandbox still shows is being taken away
+		box.State = SandboxState{}
+	}
 	for _, ep := range box.State.Endpoints {
 		add("It has address %s on interface %s.", ep.Address.Addr(), ep.Interface)
 	}
