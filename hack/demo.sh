@@ -55,7 +55,7 @@ up() {
 	for name in berth berthd berth-runner berth-holder berth-init; do
 		cp "bin/$name" "$programs/$name.new" && mv "$programs/$name.new" "$programs/$name"
 	done
-	"$programs/berth" up --root "$root"
+	"$programs/berth" up --root "$root" >/dev/null
 
 	say "docker load: images built here from Debian's packages and from source, no registry"
 	for name in redis guestbook busybox; do docker load -q -i "$images/$name.tar"; done
@@ -90,12 +90,14 @@ up() {
 	echo "answers again after $(($(now) - started)) ms, restart $(docker inspect -f '{{.RestartCount}}' "$front")"
 
 	say "upgrade of berthd under load: no request may fail"
-	(cd "$repo" && go build -o "$programs/load" ./hack/load)
+	# The next version: the same source with another version stamped in.
+	(cd "$repo" && go build -buildvcs=false -o "$programs/load" ./hack/load &&
+		CGO_ENABLED=0 go build -buildvcs=false -trimpath -ldflags "-s -w -X main.version=$("$programs/berthd" --version)+next" -o "$programs/berthd.new" ./cmd/berthd)
 	"$programs/load" -for 6s -workers 4 "$url/visits" &
 	local load=$!
 	sleep 1
-	cp "$repo/bin/berthd" "$programs/berthd.new" && mv "$programs/berthd.new" "$programs/berthd"
-	"$programs/berth" up --root "$root"
+	mv "$programs/berthd.new" "$programs/berthd"
+	"$programs/berth" up --root "$root" >/dev/null
 	wait $load || { echo "demo: requests failed during the upgrade" >&2; exit 1; }
 	docker compose ps
 

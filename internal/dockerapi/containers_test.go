@@ -63,6 +63,10 @@ func TestMalformedBodies(t *testing.T) {
 	} {
 		n.refuse(400, tc.text, "POST", "/containers/create", tc.body)
 	}
+	// What a message quotes of the request is bounded.
+	if status, body := n.call("POST", "/containers/create?name=-"+strings.Repeat("x", 1<<18), `{"Image":"busybox"}`); status != 400 || len(body) > 4096 || !strings.Contains(body, "…") {
+		t.Errorf("a long name: %d %.100q… of %d bytes", status, body, len(body))
+	}
 	resp, err := n.client.Post("http://docker/containers/create", "text/plain", strings.NewReader("{}"))
 	if err != nil {
 		t.Fatal(err)

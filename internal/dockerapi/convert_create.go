@@ -254,5 +254,5 @@ func stopTimeout(seconds *int) time.Duration {
 	case *seconds < 0:
 		return -1
 	}
-	return time.Duration(*seconds) * time.Second
+	return time.Duration(min(*seconds, int(maxStopTimeout/time.Second))) * time.Second
 }

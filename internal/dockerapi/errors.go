@@ -3,6 +3,7 @@ package dockerapi
 import (
 	"encoding/json"
 	"net/http"
+	"strings"
 
 	"berth/internal/errdefs"
 )
@@ -62,11 +63,23 @@ func writeError(w http.ResponseWriter, status int, message string) {
 	}
 	body, err := json.Marshal(struct {
 		Message string `json:"message"`
-	}{message})
+	}{oneLine(message)})
 	if err != nil {
 		body = []byte(`{"message":"internal error"}`)
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_, _ = w.Write(append(body, '\n')) // a client that left needs no answer
+}
+
+// maxMessageBytes bounds an error message: it may quote what the client sent.
+const maxMessageBytes = 2048
+
+// oneLine is a message as clients show it: one line of bounded length.
+func oneLine(message string) string {
+	message = strings.Join(strings.FieldsFunc(message, func(r rune) bool { return r == '\n' || r == '\r' }), " ")
+	if len(message) <= maxMessageBytes {
+		return message
+	}
+	return strings.ToValidUTF8(message[:maxMessageBytes], "") + "…"
 }

@@ -15,6 +15,7 @@ import (
 
 	"berth/internal/errdefs"
 	"berth/internal/event"
+	"berth/internal/logs"
 )
 
 // container is the engine's own view of a container.
@@ -35,7 +36,8 @@ type container struct {
 	restart  *time.Timer // pending restart
 	probes   *healthLoop
 	starting bool // its start is under way
-	manual   bool // docker restart is at work: no automatic restart or removal
+	manual   int  // docker restarts at work: no automatic restart or removal meanwhile
+	ending   int  // removals by force under way: nobody starts it any more
 }
 
 type waiter struct {
@@ -48,6 +50,9 @@ func (e *Engine) newContainer(rec Container) *container {
 	c.out = newOutput(e.Root, rec.Config)
 	c.stdin = &stdinHub{}
 	c.State.LogPath = c.out.logPath()
+	if c.running() {
+		c.exited = make(chan struct{})
+	}
 	return c
 }
 
@@ -94,6 +99,7 @@ func (e *Engine) CreateContainer(ctx context.Context, cfg ContainerConfig) (Cont
 	if cfg.Name == "" {
 		cfg.Name = cfg.ID
 	}
+	e.expectStart() // most are started right after
 	if err := e.checkContainer(cfg); err != nil {
 		return Container{}, err
 	}
@@ -118,6 +124,8 @@ func (e *Engine) CreateContainer(ctx context.Context, cfg ContainerConfig) (Cont
 	e.names[cfg.Name] = cfg.ID
 	e.containers[cfg.ID] = c
 	e.ids.add(cfg.ID)
+	c.op <- struct{}{} // nobody has it yet: who finds it by its name waits until it is made
+	defer c.op.unlock()
 	e.mu.Unlock()
 
 	err = os.MkdirAll(e.Root.Container(cfg.ID), 0o710)
@@ -130,6 +138,10 @@ func (e *Engine) CreateContainer(ctx context.Context, cfg ContainerConfig) (Cont
 		c.mu.Unlock()
 	}
 	if err != nil {
+		c.mu.Lock()
+		c.State.Status = StatusDead // for those who found it by its name
+		close(c.removed)
+		c.mu.Unlock()
 		e.forget(c)
 		_ = os.RemoveAll(e.Root.Container(cfg.ID)) // the error that counts is the first
 		return Container{}, storageError("create container", err)
@@ -137,6 +149,16 @@ func (e *Engine) CreateContainer(ctx context.Context, cfg ContainerConfig) (Cont
 	v := c.view()
 	e.publish(v, "create")
 	return v, nil
+}
+
+// gone tells whether the container is removed.
+func (c *container) gone() bool {
+	select {
+	case <-c.removed:
+		return true
+	default:
+		return false
+	}
 }
 
 func storageError(what string, err error) error {
@@ -176,6 +198,9 @@ func (e *Engine) checkContainer(cfg ContainerConfig) error {
 		return errdefs.New(errdefs.ErrInvalid, "the working directory '%s' is invalid, it needs to be an absolute path", cfg.Cwd)
 	}
 	for _, m := range cfg.Mounts {
+		if strings.ContainsRune(m.Target+m.Source, 0) {
+			return errdefs.New(errdefs.ErrInvalid, "invalid mount %q of %q: a path has no zero byte", m.Target, m.Source)
+		}
 		if !filepath.IsAbs(m.Target) {
 			return errdefs.New(errdefs.ErrInvalid, "invalid mount target %q: must be an absolute path", m.Target)
 		}
@@ -195,6 +220,9 @@ func (e *Engine) checkContainer(cfg ContainerConfig) error {
 	case "", LogJSONFile, LogCRI, LogNone:
 	default:
 		return errdefs.New(errdefs.ErrUnsupported, "log driver %q is not supported; use json-file or none", cfg.Log.Driver)
+	}
+	if err := logs.CheckLimits(cfg.Log.MaxBytes, cfg.Log.MaxFiles); err != nil {
+		return err
 	}
 	switch cfg.Restart.Name {
 	case "", "no", "on-failure", "always", "unless-stopped":
@@ -295,14 +323,36 @@ func (e *Engine) RemoveContainer(ctx context.Context, ref string, o RemoveOption
 	if err != nil {
 		return err
 	}
-	if err := e.endForRemoval(ctx, c, o.Force); err != nil {
-		return err
+	if o.Force {
+		c.mu.Lock()
+		c.ending++
+		c.mu.Unlock()
+		defer func() {
+			c.mu.Lock()
+			c.ending--
+			c.mu.Unlock()
+		}()
 	}
-	if err := c.op.lock(ctx); err != nil {
-		return err
+	for {
+		if err := e.endForRemoval(ctx, c, o.Force); err != nil {
+			return err
+		}
+		if err := c.op.lock(ctx); err != nil {
+			return err
+		}
+		c.mu.Lock()
+		started := c.running() // by a start that was under way when we looked
+		c.mu.Unlock()
+		switch {
+		case o.Force && c.gone(): // its automatic removal was faster
+			c.op.unlock()
+			return nil
+		case !started || !o.Force:
+			defer c.op.unlock()
+			return e.removeLocked(context.WithoutCancel(ctx), c, o.Volumes) // half a removal serves nobody
+		}
+		c.op.unlock()
 	}
-	defer c.op.unlock()
-	return e.removeLocked(ctx, c, o.Volumes)
 }
 
 // endForRemoval makes sure that the container does not run, by force if allowed.
@@ -338,13 +388,11 @@ func (e *Engine) removeLocked(ctx context.Context, c *container, volumes bool) e
 	c.mu.Lock()
 	if c.running() {
 		c.mu.Unlock()
-		return errdefs.New(errdefs.ErrConflict, "cannot remove container %q: it was started again meanwhile", "/"+c.Config.Name)
+		return errdefs.New(errdefs.ErrConflict, "cannot remove container %q: container is running: stop the container before removing or force remove", "/"+c.Config.Name)
 	}
-	select {
-	case <-c.removed:
+	if c.gone() {
 		c.mu.Unlock()
 		return errdefs.New(errdefs.ErrNotFound, "No such container: %s", c.Config.ID)
-	default:
 	}
 	c.cancelRestart()
 	c.State.Status = StatusRemoving
@@ -361,9 +409,10 @@ func (e *Engine) removeLocked(ctx context.Context, c *container, volumes bool) e
 	if err := e.unmountRootfs(id); err != nil {
 		return err
 	}
-	_ = os.RemoveAll(e.Root.Bundle(id)) // in the run directory: gone at the next reboot at the latest
-	if err := os.RemoveAll(e.Root.Container(id)); err != nil {
-		return err
+	if !cfg.AutoRemove {
+		if err := e.removeFiles(id); err != nil {
+			return err
+		}
 	}
 	if volumes || cfg.AutoRemove {
 		e.removeAnonymous(ctx, cfg)
@@ -382,8 +431,22 @@ func (e *Engine) removeLocked(ctx context.Context, c *container, volumes bool) e
 	c.waiters = nil
 	c.mu.Unlock()
 	e.publish(v, "destroy")
+	if cfg.AutoRemove {
+		// Behind the answer that a client waits for; what is left when we are killed now, removeStrays finds.
+		e.goWork(func(context.Context) {
+			if err := e.removeFiles(id); err != nil {
+				e.log.Warn("files of a removed container stay until the next start", "container", id, "error", err)
+			}
+		})
+	}
 	e.releaseImage(ctx, cfg.ImageID)
 	return e.removeSandboxIfEmpty(ctx, cfg.Sandbox)
+}
+
+// removeFiles deletes a container's directories.
+func (e *Engine) removeFiles(id string) error {
+	_ = os.RemoveAll(e.Root.Bundle(id)) // in the run directory: gone at the next reboot at the latest
+	return os.RemoveAll(e.Root.Container(id))
 }
 
 // releaseImage tells the image store when the last container of an image is gone.

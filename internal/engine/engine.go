@@ -60,6 +60,8 @@ type Engine struct {
 	work     sync.WaitGroup
 	workMu   sync.Mutex  // orders work.Add before the end of ctx
 	draining atomic.Bool // the instance is going down: nothing is restarted
+	warming  atomic.Bool // expectStart is at work, and has the warmer
+	warmer   cgroup.Warmer
 
 	mu         sync.RWMutex
 	containers map[string]*container

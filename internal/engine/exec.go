@@ -29,7 +29,13 @@ type execution struct {
 	Exec
 	out   *output
 	stdin *stdinHub
+	made  time.Time
 	done  chan struct{} // closed when it has ended
+}
+
+// forgotten tells of an exec that was made and, for execKept, not started: its client vanished.
+func (x *execution) forgotten(now time.Time) bool {
+	return !x.view().Started && now.Sub(x.made) > execKept
 }
 
 func (x *execution) view() Exec {
@@ -37,6 +43,9 @@ func (x *execution) view() Exec {
 	defer x.mu.Unlock()
 	return x.Exec
 }
+
+// execDir holds the output of one exec.
+func (e *Engine) execDir(id string) string { return filepath.Join(e.Root.Run, "execs", id) }
 
 // CreateExec implements ExecAPI.
 func (e *Engine) CreateExec(_ context.Context, cfg ExecConfig) (Exec, error) {
@@ -52,13 +61,17 @@ func (e *Engine) CreateExec(_ context.Context, cfg ExecConfig) (Exec, error) {
 		return Exec{}, errdefs.New(errdefs.ErrInvalid, "no exec command specified")
 	}
 	cfg.Container = v.Config.ID
-	x := &execution{Exec: Exec{ID: NewID(), Config: cfg}, stdin: &stdinHub{}, done: make(chan struct{})}
-	x.out = newExecOutput(filepath.Join(e.Root.Run, "execs", x.ID))
+	x := &execution{Exec: Exec{ID: NewID(), Config: cfg}, stdin: &stdinHub{}, made: time.Now(), done: make(chan struct{})}
+	x.out = newExecOutput(e.execDir(x.ID))
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	n := 0
-	for _, o := range e.execs {
-		if o.Config.Container == cfg.Container {
+	for id, o := range e.execs {
+		switch {
+		case o.Config.Container != cfg.Container || o.over():
+		case o.forgotten(x.made):
+			delete(e.execs, id)
+		default:
 			n++
 		}
 	}
@@ -158,10 +171,12 @@ func (e *Engine) StartExec(ctx context.Context, id string) error {
 		p, err = e.execIn(ctx, x, c.view(), cfg)
 	}
 	if err != nil {
-		x.mu.Lock()
-		x.Running, x.ExitCode = false, failureCode(err)
-		x.mu.Unlock()
-		e.finishExec(x)
+		if x.end(failureCode(err)) { // else its end was found by the next connection to the runner
+			e.finishExec(x)
+		}
+		if errorIs(err, errdefs.ErrUnavailable) { // it may run all the same
+			e.goWork(func(ctx context.Context) { e.dropStray(ctx, id) })
+		}
 		return err
 	}
 	x.mu.Lock()
@@ -240,17 +255,14 @@ func (e *Engine) execProcess(v Container, cfg ExecConfig) (*specs.Process, error
 
 // execEnded handles the exit of an exec'd process.
 func (e *Engine) execEnded(ctx context.Context, x *execution, exit runner.Exit) {
-	x.mu.Lock()
-	if !x.Running {
-		x.mu.Unlock()
+	code := exit.Code
+	if !exit.Known {
+		code = unknownCode
+	}
+	if !x.end(code) { // its start failed here, but not in the runner
+		e.dropStray(context.WithoutCancel(ctx), x.ID)
 		return
 	}
-	x.Running, x.PID, x.ExitCode = false, 0, exit.Code
-	if !exit.Known {
-		x.ExitCode = unknownCode
-	}
-	code := x.ExitCode
-	x.mu.Unlock()
 	e.finishExec(x)
 	if err := e.link.delete(context.WithoutCancel(ctx), x.ID); err != nil {
 		e.log.Warn("runner did not forget an ended exec", "exec", x.ID, "error", err)
@@ -258,6 +270,17 @@ func (e *Engine) execEnded(ctx context.Context, x *execution, exit runner.Exit) 
 	if v, err := e.Container(x.Config.Container); err == nil {
 		e.publish(v, "exec_die", "execID", x.ID, "exitCode", strconv.Itoa(code))
 	}
+}
+
+// end records the end; false: it has been recorded before.
+func (x *execution) end(code int) bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if !x.Running {
+		return false
+	}
+	x.Running, x.PID, x.ExitCode = false, 0, code
+	return true
 }
 
 // finishExec releases what an exec held and forgets it after a while.
@@ -273,19 +296,23 @@ func (e *Engine) finishExec(x *execution) {
 	})
 }
 
-// dropExecs forgets the execs of a removed container.
+// dropExecs forgets the execs of a removed container. One whose end was not told, because the
+// runner was away, ended with the container.
 func (e *Engine) dropExecs(container string) {
 	e.mu.Lock()
-	var dirs []string
+	var dropped []*execution
 	for id, x := range e.execs {
 		if x.Config.Container == container {
 			delete(e.execs, id)
-			dirs = append(dirs, filepath.Dir(x.out.spoolDir()))
+			dropped = append(dropped, x)
 		}
 	}
 	e.mu.Unlock()
-	for _, d := range dirs {
-		_ = os.RemoveAll(d)
+	for _, x := range dropped {
+		if x.end(unknownCode) {
+			e.finishExec(x)
+		}
+		_ = os.RemoveAll(e.execDir(x.ID))
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"strconv"
+	"sync"
 	"time"
 
 	"berth/internal/errdefs"
@@ -34,6 +35,8 @@ func (e *Engine) handle(ev runner.Event) {
 		e.goWork(func(ctx context.Context) { e.ended(ctx, c, ev.PID, ev.Exit) })
 	case ev.Kind == runner.EventExit && x != nil:
 		e.goWork(func(ctx context.Context) { e.execEnded(ctx, x, ev.Exit) })
+	case ev.Kind == runner.EventExit:
+		e.goWork(func(ctx context.Context) { e.dropStray(ctx, ev.ID) })
 	}
 }
 
@@ -88,9 +91,6 @@ func (e *Engine) ended(ctx context.Context, c *container, pid int, exit runner.E
 	d := e.recordExit(c, exit)
 	err := e.save(c)
 	waiters := c.takeWaiters(WaitNotRunning, WaitNextExit)
-	if d.restart {
-		waiters = c.takeWaiters(WaitNextExit)
-	}
 	exited, code, cfg := c.exited, c.State.ExitCode, c.Config
 	c.exited = nil
 	c.mu.Unlock()
@@ -161,7 +161,7 @@ func (e *Engine) recordExit(c *container, exit runner.Exit) decision {
 	if ran >= restartReset {
 		s.Attempts = 0
 	}
-	d := decideRestart(c.Config.Restart, exit, ran, s.Attempts, s.StoppedByUser, e.draining.Load() || c.manual)
+	d := decideRestart(c.Config.Restart, exit, ran, s.Attempts, s.StoppedByUser, e.draining.Load() || c.manual > 0)
 	s.Status = StatusExited
 	if d.restart {
 		s.Status, s.NextRestart = StatusRestarting, time.Now().Add(d.delay)
@@ -174,9 +174,13 @@ func (e *Engine) recordExit(c *container, exit runner.Exit) decision {
 func (e *Engine) cleanupRun(ctx context.Context, c *container, leave bool) {
 	ctx = context.WithoutCancel(ctx)
 	id := c.Config.ID
-	if err := e.link.delete(ctx, id); err != nil {
-		e.log.Warn("runner did not forget an ended container", "container", id, "error", err)
-	}
+	var forgetting sync.WaitGroup
+	forgetting.Go(func() { // beside the rest: a client waits for the end of a --rm container
+		if err := e.link.delete(ctx, id); err != nil {
+			e.log.Warn("runner did not forget an ended container", "container", id, "error", err)
+		}
+	})
+	defer forgetting.Wait()
 	if !leave {
 		return
 	}
@@ -270,7 +274,7 @@ func (c *container) cancelRestart() {
 func (c *container) keep() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.manual
+	return c.manual > 0
 }
 
 // Wait implements ContainerAPI.

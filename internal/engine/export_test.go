@@ -27,3 +27,14 @@ func (d decision) Parts() (restart bool, delayMillis int64) { return d.restart, 
 
 // KnownCaps are all capabilities.
 var KnownCaps = knownCaps
+
+// Waiters counts those who wait for something of a container.
+func (e *Engine) Waiters(ref string) int {
+	c, err := e.find(ref)
+	if err != nil {
+		return 0
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.waiters)
+}

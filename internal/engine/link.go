@@ -28,6 +28,9 @@ const (
 	redialMax   = 500 * time.Millisecond
 )
 
+// maxTries is how often an operation is repeated on another connection.
+const maxTries = 3
+
 func newLink(e *Engine) *link { return &link{e: e, changed: make(chan struct{})} }
 
 func (l *link) set(r Runner) {
@@ -53,6 +56,8 @@ func (l *link) get(ctx context.Context) (Runner, error) {
 		case <-changed:
 		case <-ctx.Done():
 			return nil, errdefs.New(errdefs.ErrUnavailable, "waiting for berth-runner: %w", ctx.Err())
+		case <-l.e.ctx.Done(): // even of what ctx does not end: nobody will dial any more
+			return nil, errdefs.New(errdefs.ErrUnavailable, "waiting for berth-runner: the daemon is ending; ask its successor")
 		case <-deadline.C:
 			return nil, errdefs.New(errdefs.ErrUnavailable, "berth-runner has not answered for %s; see its log in the instance's state directory", runnerWait)
 		}
@@ -88,34 +93,49 @@ func (l *link) do(ctx context.Context, f func(Runner) error) error {
 			return err
 		}
 		err = f(r)
-		if try >= 3 || !l.again(ctx, r, err) {
+		if try >= maxTries || !l.again(ctx, r, err) {
 			return err
 		}
 	}
 }
 
 // create starts a container. When the runner dies under it, the next one tells how far it came.
-func (l *link) create(ctx context.Context, req runner.CreateRequest) (runner.Process, error) {
+// doubt says that the connection has changed since: an exit may have gone unnoticed.
+func (l *link) create(ctx context.Context, req runner.CreateRequest) (p runner.Process, doubt func() bool, err error) {
 	for try := 0; ; try++ {
 		r, err := l.get(ctx)
 		if err != nil {
-			return runner.Process{}, err
+			return p, nil, err
 		}
 		p, err := r.Create(ctx, req)
-		if err == nil || try >= 3 || !l.again(ctx, r, err) {
-			return p, err
+		if err == nil {
+			return p, func() bool { return !l.is(r) }, nil
 		}
-		st, found, err := l.status(ctx, req.ID)
-		if err != nil {
-			return runner.Process{}, err
+		// What it has under this ID is of an earlier run, which it could not be told to forget.
+		stale := errorIs(err, errdefs.ErrExists) && try == 0
+		if try >= maxTries || !stale && !l.again(ctx, r, err) {
+			return p, nil, err
 		}
-		if found && (st.State == runner.Running || st.State == runner.Paused || st.State == runner.Stopped) {
-			return st.Process, nil // an exit is found and handled once the start is recorded
+		if !stale {
+			st, found, err := l.status(ctx, req.ID)
+			if err != nil {
+				return p, nil, err
+			}
+			if found && (st.State == runner.Running || st.State == runner.Paused || st.State == runner.Stopped) {
+				return st.Process, func() bool { return true }, nil
+			}
 		}
 		if err := l.delete(ctx, req.ID); err != nil {
-			return runner.Process{}, err
+			return p, nil, err
 		}
 	}
+}
+
+// is tells whether r is the present connection.
+func (l *link) is(r Runner) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.cur == r
 }
 
 func (l *link) status(ctx context.Context, id string) (st runner.Status, found bool, err error) {
@@ -176,6 +196,7 @@ func (l *link) run(ctx context.Context, ready func()) error {
 
 // session serves one connection. An error means that it never became usable.
 func (l *link) session(ctx context.Context, r Runner, first bool, ready func()) error {
+	before := l.e.Containers() // what the records say must be older than the list they are compared with
 	list, err := r.List(ctx)
 	if err != nil {
 		return err
@@ -186,7 +207,7 @@ func (l *link) session(ctx context.Context, r Runner, first bool, ready func()) 
 		}
 	}
 	l.set(r)
-	l.e.reconcile(list, first)
+	l.e.reconcile(list, before, first)
 	if first && ready != nil {
 		ready()
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -57,7 +58,7 @@ func (e *Engine) restore(ctx context.Context, list []runner.Status) error {
 			}
 		}
 	}
-	return e.removeStrays()
+	return e.removeStrays(list)
 }
 
 func (e *Engine) namespacesExist(id string) bool {
@@ -76,7 +77,7 @@ func (e *Engine) namespacesExist(id string) bool {
 
 // removeStrays deletes directories of containers and sandboxes that have no record: a creation
 // or removal was cut.
-func (e *Engine) removeStrays() error {
+func (e *Engine) removeStrays(list []runner.Status) error {
 	sweep := func(dir string, known func(id string) bool, unmount func(id string) error) error {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !os.IsNotExist(err) {
@@ -105,6 +106,12 @@ func (e *Engine) removeStrays() error {
 	if err := sweep(filepath.Join(e.Root.Run, "bundles"), isContainer, nil); err != nil {
 		return err
 	}
+	isProcess := func(id string) bool {
+		return slices.ContainsFunc(list, func(st runner.Status) bool { return st.ID == id })
+	}
+	if err := sweep(filepath.Dir(e.execDir("x")), isProcess, nil); err != nil { // of an earlier daemon
+		return err
+	}
 	return sweep(filepath.Dir(e.Root.Sandbox("x")), isSandbox, nil)
 }
 
@@ -115,7 +122,14 @@ func (e *Engine) rebooted() bool {
 
 // reconcile compares every container with what the runner says. It runs at each connection: the
 // same path serves start-up, adoption after the runner's death, and repair.
-func (e *Engine) reconcile(list []runner.Status, first bool) {
+//
+// before is what the records said ahead of the list: what was started behind it is not in it, and
+// none of our business.
+func (e *Engine) reconcile(list []runner.Status, before []Container, first bool) {
+	views := map[string]Container{}
+	for _, v := range before {
+		views[v.Config.ID] = v
+	}
 	byID := map[string]runner.Status{}
 	for _, st := range list {
 		byID[st.ID] = st
@@ -132,9 +146,14 @@ func (e *Engine) reconcile(list []runner.Status, first bool) {
 	for id, c := range e.containers {
 		st, found := byID[id]
 		delete(byID, id)
+		if found && st.State == runner.Created {
+			if first {
+				e.goWork(func(ctx context.Context) { e.undoStart(ctx, c, boot) })
+			} // else a start is under way, which knows what to do
+			continue
+		}
 		if found && st.State != runner.Stopped && first {
-			adopting.Add(1)
-			e.goWork(func(context.Context) { defer adopting.Done(); e.adopt(c, st) })
+			adopting.Go(func() { e.adopt(c, st) })
 			continue
 		}
 		e.goWork(func(ctx context.Context) {
@@ -144,7 +163,9 @@ func (e *Engine) reconcile(list []runner.Status, first bool) {
 			case <-ctx.Done():
 				return
 			}
-			e.reconcileOne(ctx, c, st, found, first, boot)
+			if v, old := views[id]; old {
+				e.reconcileOne(ctx, c, v, st, found, first, boot)
+			}
 		})
 	}
 	for id, st := range byID {
@@ -154,11 +175,7 @@ func (e *Engine) reconcile(list []runner.Status, first bool) {
 			e.goWork(func(ctx context.Context) { e.execEnded(ctx, x, st.Exit) })
 		case x == nil && (e.containers[st.Container] == nil || st.State == runner.Stopped):
 			// Nobody's: an exec of an earlier daemon that ended, or a container whose record is gone.
-			e.goWork(func(ctx context.Context) {
-				if err := e.link.delete(ctx, id); err != nil {
-					e.log.Warn("stray process not removed", "process", id, "error", err)
-				}
-			})
+			e.goWork(func(ctx context.Context) { e.dropStray(ctx, id) })
 		}
 	}
 	for id, x := range e.execs {
@@ -168,6 +185,15 @@ func (e *Engine) reconcile(list []runner.Status, first bool) {
 	}
 	e.mu.RUnlock()
 	adopting.Wait()
+}
+
+// undoStart removes what an earlier daemon's start came to when the runner was killed in it: the
+// program has not begun and never will.
+func (e *Engine) undoStart(ctx context.Context, c *container, boot bool) {
+	if err := e.link.delete(ctx, c.Config.ID); err != nil {
+		e.log.Warn("half-made container not removed", "container", c.Config.ID, "error", err)
+	}
+	e.reconcileOne(ctx, c, c.view(), runner.Status{}, false, true, boot)
 }
 
 // adopt takes over a container that runs, whatever its record says: a daemon may have died
@@ -201,8 +227,8 @@ func (e *Engine) adopt(c *container, st runner.Status) {
 }
 
 // reconcileOne settles one container that the runner does not have running.
-func (e *Engine) reconcileOne(ctx context.Context, c *container, st runner.Status, found, first, boot bool) {
-	v := c.view()
+// v is its record as it was ahead of the list.
+func (e *Engine) reconcileOne(ctx context.Context, c *container, v Container, st runner.Status, found, first, boot bool) {
 	ran := v.State.Status == StatusRunning || v.State.Status == StatusPaused
 	switch {
 	case v.State.Status == StatusRemoving:
@@ -216,15 +242,14 @@ func (e *Engine) reconcileOne(ctx context.Context, c *container, st runner.Statu
 		e.foundEnded(ctx, c, st)
 	case found && st.State == runner.Stopped:
 		e.ended(ctx, c, st.PID, st.Exit) // ignores another run's; waits for a start that is under way
+		e.dropUnrecorded(ctx, c)
 	case found && st.State != runner.Stopped:
 		c.out.grew(e) // output may have come while nobody told us
+		if !ran {
+			e.dropUnrecorded(ctx, c)
+		}
 	case ran && (first || !found):
 		// The runner knows nothing of it: the machine was restarted, or worse.
-		if first {
-			c.mu.Lock()
-			c.exited = make(chan struct{})
-			c.mu.Unlock()
-		}
 		e.ended(ctx, c, v.State.PID, runner.Exit{Code: -1, At: time.Now()})
 	case first && v.State.Status == StatusRestarting && !boot:
 		e.scheduleRestart(c, max(0, time.Until(v.State.NextRestart)))
@@ -239,6 +264,46 @@ func (e *Engine) reconcileOne(ctx context.Context, c *container, st runner.Statu
 		if err := e.RemoveContainer(ctx, v.Config.ID, RemoveOptions{Volumes: true}); err != nil {
 			e.log.Warn("container with automatic removal not removed", "container", v.Config.ID, "error", err)
 		}
+	}
+}
+
+// dropUnrecorded has the runner forget a container that does not run by its record: the start was
+// given up while the runner was away, or it could not be told of an end.
+func (e *Engine) dropUnrecorded(ctx context.Context, c *container) {
+	if c.op.lock(ctx) != nil {
+		return
+	}
+	defer c.op.unlock()
+	c.mu.Lock()
+	running := c.running()
+	c.mu.Unlock()
+	if running {
+		return
+	}
+	if err := e.link.delete(ctx, c.Config.ID); err != nil {
+		e.log.Warn("runner did not forget an ended container", "container", c.Config.ID, "error", err)
+	}
+}
+
+// dropStray removes a process that nobody knows: an exec of an earlier daemon, or what is left of a
+// container whose record is gone.
+func (e *Engine) dropStray(ctx context.Context, id string) {
+	if err := e.link.delete(ctx, id); err != nil {
+		e.log.Warn("stray process not removed", "process", id, "error", err)
+	}
+	_ = os.RemoveAll(e.execDir(id)) // in the run directory: gone at the next reboot at the latest
+}
+
+// recheck looks for the exit of a run whose connection to the runner broke while it was recorded.
+func (e *Engine) recheck(ctx context.Context, c *container, pid int) {
+	st, found, err := e.link.status(ctx, c.Config.ID)
+	switch {
+	case err != nil:
+		e.log.Warn("container not found in the runner; the next connection tells", "container", c.Config.ID, "error", err)
+	case !found:
+		e.ended(ctx, c, pid, runner.Exit{Code: -1, At: time.Now()})
+	case st.State == runner.Stopped:
+		e.ended(ctx, c, st.PID, st.Exit)
 	}
 }
 
@@ -267,9 +332,14 @@ func (e *Engine) Drain(ctx context.Context) error {
 	errs := make(chan error, len(list))
 	for _, v := range list {
 		go func() {
+			var limit *time.Duration
+			if v.Config.StopTimeout < 0 { // waits for ever, which the instance as a whole must not
+				within := defaultStopTimeout
+				limit = &within
+			}
 			c, err := e.find(v.Config.ID)
 			if err == nil {
-				err = e.stop(ctx, c, nil, "", "stop")
+				err = e.stop(ctx, c, limit, "", "stop")
 			}
 			if errorIs(err, errdefs.ErrNotModified) || errorIs(err, errdefs.ErrNotFound) {
 				err = nil

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -55,24 +56,52 @@ func mounted(target, parent string) bool {
 	return unix.Stat(target, &a) == nil && unix.Stat(parent, &b) == nil && a.Dev != b.Dev
 }
 
-// mountOverlay uses the new mount API, whose lowerdir+ takes one layer at a time and so has no
-// limit of one page for all of them; kernels before 6.5 get the classic form.
+// mountOverlay takes the classic form, which every kernel knows, where its one page of options
+// suffices. Many layers go through the new mount API, one at a time; kernels before 6.5, which
+// have no such option there, get the short names of their open directories.
 func mountOverlay(lower []string, upper, work, target string, volatile bool) error {
-	err := fsmountOverlay(lower, upper, work, target, volatile)
-	if err == nil {
-		return nil
+	special := strings.ContainsAny(upper+strings.Join(lower, ""), `:,\`)
+	if opts := overlayOptions(lower, upper, work, volatile); !special && len(opts) < os.Getpagesize() {
+		return classicOverlay(target, opts)
 	}
+	err := fsmountOverlay(lower, upper, work, target, volatile)
+	if errors.Is(err, unix.EINVAL) {
+		return openOverlay(lower, upper, work, target, volatile)
+	}
+	return err
+}
+
+func overlayOptions(lower []string, upper, work string, volatile bool) string {
 	opts := "lowerdir=" + strings.Join(lower, ":") + ",upperdir=" + upper + ",workdir=" + work
 	if volatile {
 		opts += ",volatile"
 	}
-	if len(opts) >= os.Getpagesize() {
-		return fmt.Errorf("overlay of %d layers: %w", len(lower), err)
-	}
+	return opts
+}
+
+func classicOverlay(target, opts string) error {
 	if err := unix.Mount("overlay", target, "overlay", 0, opts); err != nil {
 		return fmt.Errorf("overlay on %s: %w", target, err)
 	}
 	return nil
+}
+
+// openOverlay names the directories by descriptors: 125 layers fit into a page.
+func openOverlay(lower []string, upper, work, target string, volatile bool) error {
+	names := make([]string, 0, len(lower)+2)
+	for _, dir := range append([]string{upper, work}, lower...) {
+		fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("overlay on %s: %s: %w", target, dir, err)
+		}
+		defer unix.Close(fd)
+		names = append(names, "/proc/self/fd/"+strconv.Itoa(fd))
+	}
+	opts := overlayOptions(names[2:], names[0], names[1], volatile)
+	if len(opts) >= os.Getpagesize() {
+		return fmt.Errorf("overlay on %s: %d layers are too many for this kernel: %w", target, len(lower), unix.E2BIG)
+	}
+	return classicOverlay(target, opts)
 }
 
 func fsmountOverlay(lower []string, upper, work, target string, volatile bool) error {
@@ -107,13 +136,17 @@ func fsmountOverlay(lower []string, upper, work, target string, volatile bool) e
 	return unix.MoveMount(m, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// unmountRootfs is idempotent.
+// unmountRootfs is idempotent, and takes away one mount above another as well.
 func (e *Engine) unmountRootfs(id string) error {
-	err := unix.Unmount(e.rootfsPath(id), unix.MNT_DETACH)
-	if err != nil && err != unix.EINVAL && err != unix.ENOENT {
-		return fmt.Errorf("unmount the files of container %s: %w", id, err)
+	for {
+		err := unix.Unmount(e.rootfsPath(id), unix.MNT_DETACH)
+		if err == unix.EINVAL || err == unix.ENOENT {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("unmount the files of container %s: %w", id, err)
+		}
 	}
-	return nil
 }
 
 // maxPasswdBytes bounds what is read of a container's passwd and group files.

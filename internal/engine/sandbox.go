@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,6 +52,9 @@ func (e *Engine) CreateSandbox(_ context.Context, cfg SandboxConfig) (Sandbox, e
 	if cfg.Name == "" {
 		cfg.Name = cfg.ID
 	}
+	if err := checkCgroupParent(cfg.CgroupParent); err != nil {
+		return Sandbox{}, err
+	}
 	if cfg.Network == NetworkOwn {
 		for i, ep := range cfg.Endpoints {
 			n, err := e.Networks.Get(ep.Network)
@@ -77,6 +81,21 @@ func (e *Engine) CreateSandbox(_ context.Context, cfg SandboxConfig) (Sandbox, e
 		return Sandbox{}, storageError("create sandbox", err)
 	}
 	return b.view(), nil
+}
+
+// maxCgroupParent leaves a path of the kernel's length room for the mount point and the container.
+const maxCgroupParent = 2048
+
+// checkCgroupParent refuses what no directory can be named, before a start is half made with it.
+func checkCgroupParent(parent string) error {
+	bad := len(parent) > maxCgroupParent || strings.ContainsAny(parent, "\x00\n")
+	for name := range strings.SplitSeq(parent, "/") {
+		bad = bad || len(name) > unix.NAME_MAX
+	}
+	if bad {
+		return errdefs.New(errdefs.ErrInvalid, "invalid cgroup parent %.64q: it is no path", parent)
+	}
+	return nil
 }
 
 func (e *Engine) forgetSandbox(b *sandbox) {

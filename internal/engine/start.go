@@ -32,6 +32,9 @@ func (e *Engine) StartContainer(ctx context.Context, ref string) error {
 	defer c.op.unlock()
 	c.mu.Lock()
 	status, name := c.State.Status, c.Config.Name
+	if c.ending > 0 && status != StatusRunning {
+		status = StatusRemoving
+	}
 	c.mu.Unlock()
 	switch status {
 	case StatusRunning:
@@ -55,6 +58,7 @@ func (e *Engine) StartContainer(ctx context.Context, ref string) error {
 func (e *Engine) start(ctx context.Context, c *container) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
 	defer cancel()
+	e.expectStart()
 	c.mu.Lock()
 	c.starting = true // counts as a user of the sandbox from here on
 	cfg := c.Config
@@ -64,14 +68,21 @@ func (e *Engine) start(ctx context.Context, c *container) error {
 	if err == nil {
 		err = e.prepare(ctx, b, cfg)
 	}
-	var p runner.Process
+	var (
+		p     runner.Process
+		doubt func() bool
+	)
 	if err == nil {
-		p, err = e.launch(ctx, c, b.view())
+		p, doubt, err = e.launch(ctx, c, b.view())
 	}
 	if err != nil {
 		return e.startFailed(ctx, c, err)
 	}
-	return e.started(c, p)
+	e.started(c, p)
+	if doubt() {
+		e.goWork(func(ctx context.Context) { e.recheck(ctx, c, p.PID) })
+	}
+	return nil
 }
 
 // prepare makes sandbox and files ready side by side.
@@ -92,24 +103,24 @@ func (e *Engine) prepare(ctx context.Context, b *sandbox, cfg ContainerConfig) e
 }
 
 // launch writes the bundle and has the runner start it.
-func (e *Engine) launch(ctx context.Context, c *container, box Sandbox) (runner.Process, error) {
+func (e *Engine) launch(ctx context.Context, c *container, box Sandbox) (p runner.Process, doubt func() bool, err error) {
 	cfg := c.view().Config
 	done := trace.Start(ctx, "spec")
 	spec, err := e.spec(ctx, cfg, box)
 	done()
 	if err != nil {
-		return runner.Process{}, err
+		return p, nil, err
 	}
 	bundle := e.Root.Bundle(cfg.ID)
 	if err := os.MkdirAll(bundle, 0o700); err != nil {
-		return runner.Process{}, storageError("bundle", err)
+		return p, nil, storageError("bundle", err)
 	}
 	b, err := json.Marshal(spec)
 	if err != nil {
-		return runner.Process{}, err
+		return p, nil, err
 	}
 	if err := os.WriteFile(filepath.Join(bundle, "config.json"), b, 0o600); err != nil {
-		return runner.Process{}, storageError("bundle", err)
+		return p, nil, storageError("bundle", err)
 	}
 	defer trace.Start(ctx, "runner")()
 	return e.link.create(ctx, runner.CreateRequest{
@@ -236,7 +247,7 @@ func bindOptions(m Mount) []string {
 }
 
 // started records a successful start.
-func (e *Engine) started(c *container, p runner.Process) error {
+func (e *Engine) started(c *container, p runner.Process) {
 	c.mu.Lock()
 	c.starting = false
 	c.countRestart()
@@ -253,7 +264,6 @@ func (e *Engine) started(c *container, p runner.Process) error {
 	}
 	e.publish(c.view(), "start")
 	e.startHealth(c)
-	return nil
 }
 
 // startFailed records why a start failed and gives the error its final words.

@@ -39,7 +39,7 @@ func (e *Engine) stop(ctx context.Context, c *container, timeout *time.Duration,
 		c.mu.Unlock()
 		return errdefs.New(errdefs.ErrNotModified, "container %s is already stopped", name)
 	}
-	if !e.draining.Load() && !c.manual {
+	if !e.draining.Load() && c.manual == 0 {
 		c.State.StoppedByUser = true
 	}
 	exited := c.exited
@@ -96,7 +96,7 @@ func (e *Engine) stopRestarting(ctx context.Context, c *container) (bool, error)
 	}
 	c.cancelRestart()
 	c.State.Status = StatusExited
-	if !e.draining.Load() && !c.manual {
+	if !e.draining.Load() && c.manual == 0 {
 		c.State.StoppedByUser = true
 	}
 	err := e.save(c)
@@ -203,7 +203,7 @@ func (e *Engine) KillContainer(ctx context.Context, ref, signal string) error {
 	c.mu.Lock()
 	if !c.running() {
 		c.mu.Unlock()
-		return errdefs.New(errdefs.ErrConflict, "cannot kill container: %s: container %s is not running", ref, c.Config.ID)
+		return errdefs.New(errdefs.ErrConflict, "container %s is not running", c.Config.ID)
 	}
 	exited := c.exited
 	if sig == int(unix.SIGKILL) || sig == stopSig {
@@ -227,11 +227,11 @@ func (e *Engine) RestartContainer(ctx context.Context, ref string, timeout *time
 		return err
 	}
 	c.mu.Lock()
-	c.manual = true
+	c.manual++
 	c.mu.Unlock()
 	defer func() {
 		c.mu.Lock()
-		c.manual = false
+		c.manual--
 		c.mu.Unlock()
 	}()
 	if err := e.stop(ctx, c, timeout, signal, "stop"); err != nil && !errorIs(err, errdefs.ErrNotModified) {

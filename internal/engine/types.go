@@ -258,7 +258,7 @@ type ContainerState struct {
 	OOMKilled     bool
 	Error         string // why the last start failed
 	RestartCount  int
-	Attempts      int `json:",omitempty"` // restarts since the last run that was long enough to forget them
+	Attempts      int       `json:",omitempty"` // restarts since the last run that was long enough to forget them
 	NextRestart   time.Time // while restarting
 	StoppedByUser bool      // unless-stopped looks at it; also always, until the daemon restarts
 	Health        *Health

@@ -82,13 +82,22 @@ func (c Config) normal() (Config, error) {
 	if c.MaxFiles == 0 {
 		c.MaxFiles = DefaultMaxFiles
 	}
-	if c.MaxBytes < 0 || c.MaxFiles < 0 || c.MaxFiles > maxFilesBound {
-		return c, errdefs.New(errdefs.ErrInvalid, "log of %d bytes in %d files: a log has a size and 1 to %d files", c.MaxBytes, c.MaxFiles, maxFilesBound)
+	if err := CheckLimits(c.MaxBytes, c.MaxFiles); err != nil {
+		return c, err
 	}
 	if c.Driver != DriverNone && !filepath.IsAbs(c.Path) {
 		return c, errdefs.New(errdefs.ErrInvalid, "log path %q: it is not absolute", c.Path)
 	}
 	return c, nil
+}
+
+// CheckLimits refuses, with ErrInvalid, a size or number of files that no log can have; 0 stands
+// for the default of either.
+func CheckLimits(maxBytes int64, maxFiles int) error {
+	if maxBytes < 0 || maxFiles < 0 || maxFiles > maxFilesBound {
+		return errdefs.New(errdefs.ErrInvalid, "log of %d bytes in %d files: a log has a size and 1 to %d files", maxBytes, maxFiles, maxFilesBound)
+	}
+	return nil
 }
 
 // file is the path of the i-th file, 0 being the current one.

@@ -100,8 +100,11 @@ func parseOptions(o map[string]string) (driverOptions, error) {
 }
 
 func checkInterfaceName(s string) error {
-	if s == "" || len(s) > maxInterfaceName || s == "." || s == ".." || strings.ContainsAny(s, "/: \t\n") {
-		return fmt.Errorf("not a name of an interface: 1 to %d characters without spaces, slashes and colons", maxInterfaceName)
+	if s == "" || len(s) > maxInterfaceName || s == "." || s == ".." || strings.ContainsAny(s, "/:% \t\n\x00") {
+		return fmt.Errorf("not a name of an interface: 1 to %d characters without spaces, slashes, colons and percent signs", maxInterfaceName)
+	}
+	if s == "all" || s == "default" { // their settings are those of every interface
+		return fmt.Errorf("not a name for an interface: the kernel means every interface by it")
 	}
 	return nil
 }

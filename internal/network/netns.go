@@ -230,11 +230,16 @@ func (s *Service) RemoveNamespaces(sandbox string) error {
 // removedPrefix marks directories of namespaces that wait for their end.
 const removedPrefix = ".removed-"
 
-// unmountNamespaces removes a sandbox's namespace directory.
+// unmountNamespaces removes a sandbox's namespace directory with all that is mounted in it: the
+// namespaces, and what the engine put beside them (shared memory).
 func unmountNamespaces(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	var errs []error
-	for _, f := range namespaceFiles() {
-		path := filepath.Join(dir, f.name)
+	for _, d := range entries {
+		path := filepath.Join(dir, d.Name())
 		if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 			errs = append(errs, fmt.Errorf("unmount %s: %w", path, err))
 		}

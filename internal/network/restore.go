@@ -123,15 +123,16 @@ func (s *Service) removeDeadNamespaces(live map[string]bool) error {
 	return nil
 }
 
-// intact tells whether all files in a namespace directory are mounted namespaces: after a
-// reboot on a file system that keeps them they are empty files.
+// intact tells whether all namespace files in a directory are mounted namespaces: after a
+// reboot on a file system that keeps them they are empty files. What the engine put beside them
+// is its own business.
 func (s *Service) intact(dir string) bool {
-	files, err := os.ReadDir(dir)
-	if err != nil {
-		return false
-	}
-	for _, f := range files {
-		if !isNamespace(filepath.Join(dir, f.Name())) {
+	for _, f := range namespaceFiles() {
+		path := filepath.Join(dir, f.name)
+		if _, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			continue // the sandbox shares the host's
+		}
+		if !isNamespace(path) {
 			return false
 		}
 	}

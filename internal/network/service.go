@@ -341,6 +341,9 @@ func (s *Service) Create(ctx context.Context, c Config) (Network, error) {
 	if n.Bridge == "" {
 		n.Bridge = bridgeName(s.root.Tag(), n.ID, false)
 	}
+	if err := s.mayMake(n); err != nil {
+		return Network{}, err
+	}
 	s.mu.Lock()
 	e, err := s.insert(n, auto, taken)
 	s.mu.Unlock()
@@ -355,6 +358,20 @@ func (s *Service) Create(ctx context.Context, c Config) (Network, error) {
 	}
 	s.publish(e, "create")
 	return e.clone(), nil
+}
+
+// mayMake refuses a bridge whose name an interface of somebody else's has.
+func (s *Service) mayMake(n Network) error {
+	link, err := s.host.LinkByName(n.Bridge)
+	switch {
+	case isNoLink(err):
+		return nil
+	case err != nil:
+		return fmt.Errorf("network %s: %w", n.Config.Name, err)
+	case link.Type() != "bridge" || link.Attrs().Alias != s.alias():
+		return errdefs.New(errdefs.ErrConflict, "network %s: there is an interface %s already that is not its bridge", n.Config.Name, n.Bridge)
+	}
+	return nil
 }
 
 // insert adds a network that conflicts with no other. The caller holds mu.

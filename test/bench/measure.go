@@ -22,7 +22,8 @@ const (
 	atOnce      = 8
 	burst       = 48 // containers of one burst of row 3
 	bursts      = 5
-	idle        = 20 // containers of row 4
+	idle        = 50 // containers of row 4
+	warm        = 10 // containers that come and go before
 	daemonTries = 7
 	settle      = 2 * time.Second // before memory is read
 )
@@ -59,51 +60,54 @@ func measure(o options) error {
 		return err
 	}
 	fmt.Printf("%s. Medians of %d samples, all columns interleaved in one run.\n\n", machine(), o.samples)
-	rows := strings.Split(o.rows, ",")
-	// The daemons' own row first: it starts and stops them.
-	var daemons string
-	if slices.Contains(rows, "5") {
-		var err error
-		if daemons, err = b.daemons(); err != nil {
-			return err
+	// Measured in another order than printed: the daemons' own row starts and stops them, and
+	// memory is read while they are fresh.
+	tables := map[string]string{}
+	wanted := strings.Split(o.rows, ",")
+	for _, row := range []struct {
+		name    string
+		measure func() (string, error)
+	}{
+		{"5", b.daemons},
+		{"", b.start},
+		{"4", b.memory},
+		{"1", func() (string, error) { return b.latency("Start to exit of `/bin/true`, no network", b.noNetwork()) }},
+		{"2", func() (string, error) { return b.latency("The same with a bridge network", b.bridge()) }},
+		{"3", b.throughput},
+	} {
+		if row.name != "" && !slices.Contains(wanted, row.name) {
+			continue
 		}
-	}
-	if err := b.start(); err != nil {
-		return err
-	}
-	for _, row := range rows {
-		var err error
-		switch row {
-		case "1":
-			err = b.latency("Start to exit of `/bin/true`, no network", b.noNetwork())
-		case "2":
-			err = b.latency("The same with a bridge network", b.bridge())
-		case "3":
-			err = b.throughput()
-		case "4":
-			err = b.memory()
-		case "5":
-			fmt.Print(daemons)
-		default:
-			err = fmt.Errorf("row %s: there are rows 1 to 5", row)
-		}
+		fmt.Fprintln(os.Stderr, "bench: measuring", or(row.name, "nothing, starting the engines"))
+		text, err := row.measure()
 		if err != nil {
-			return fmt.Errorf("row %s: %w", row, err)
+			return fmt.Errorf("row %s: %w", row.name, err)
 		}
+		tables[row.name] = text
+	}
+	for _, row := range []string{"1", "2", "3", "4", "5"} {
+		fmt.Print(tables[row])
 	}
 	_, err := output(b.berth("down", "--containers", "stop"))
 	return err
 }
 
+func or(name, otherwise string) string {
+	if name == "" {
+		return otherwise
+	}
+	return "row " + name
+}
+
 // start brings up both engines with the image.
-func (b *bench) start() error {
+func (b *bench) start() (string, error) {
 	archive := filepath.Join(b.images, "busybox.tar")
 	var err error
 	if b.bundle, err = bundle(b.dir, archive); err != nil {
-		return err
+		return "", err
 	}
 	if _, _, err = dockerd(b.dir); err != nil {
-		return err
+		return "", err
 	}
 	for _, args := range [][]string{
 		b.berth("up"),
@@ -112,10 +116,10 @@ func (b *bench) start() error {
 		podman(b.dir, "load", "-q", "-i", archive),
 	} {
 		if _, err := output(args); err != nil {
-			return err
+			return "", err
 		}
 	}
-	return nil
+	return "", nil
 }
 
 func (b *bench) berth(args ...string) []string {
@@ -177,7 +181,7 @@ func (f *failure) Unwrap() error { return f.err }
 
 // latency times each contestant in turn, so that what disturbs the machine disturbs all. One that
 // cannot run here is named with its reason and left out.
-func (b *bench) latency(title string, list []contestant) error {
+func (b *bench) latency(title string, list []contestant) (string, error) {
 	times := make([][]time.Duration, len(list))
 	broken := make([]error, len(list))
 	for sample := -warmups; sample < b.samples; sample++ {
@@ -199,41 +203,43 @@ func (b *bench) latency(title string, list []contestant) error {
 		}
 	}
 	if err := errors.Join(broken[0], broken[1]); err != nil {
-		return err // without these two there is nothing to compare
+		return "", err // without these two there is nothing to compare
 	}
-	fmt.Printf("### %s\n\n| what | median | 10th–90th percentile | against dockerd |\n|---|---|---|---|\n", title)
+	var text strings.Builder
+	fmt.Fprintf(&text, "### %s\n\n| what | median | 10th–90th percentile | against dockerd |\n|---|---|---|---|\n", title)
 	base := median(times[0])
 	for i, c := range list {
 		if broken[i] != nil {
-			fmt.Printf("| %s | did not run: %s | | |\n", c.name, firstLine(broken[i]))
+			fmt.Fprintf(&text, "| %s | did not run: %s | | |\n", c.name, firstLine(broken[i]))
 			continue
 		}
 		m := median(times[i])
-		fmt.Printf("| %s | %.1f ms | %.1f–%.1f | 1/%.1f |\n", c.name, ms(m), ms(percentile(times[i], 10)), ms(percentile(times[i], 90)), ms(base)/ms(m))
+		fmt.Fprintf(&text, "| %s | %.1f ms | %.1f–%.1f | 1/%.1f |\n", c.name, ms(m), ms(percentile(times[i], 10)), ms(percentile(times[i], 90)), ms(base)/ms(m))
 	}
-	fmt.Println()
-	return nil
+	fmt.Fprintln(&text)
+	return text.String(), nil
 }
 
 // throughput starts bursts of containers, some at once, in turn.
-func (b *bench) throughput() error {
+func (b *bench) throughput() (string, error) {
 	list := b.noNetwork()[:3]
 	rates := make([][]float64, len(list))
 	for range bursts {
 		for i, c := range list {
 			started := time.Now()
 			if err := parallel(burst, c.args); err != nil {
-				return err
+				return "", err
 			}
 			rates[i] = append(rates[i], burst/time.Since(started).Seconds())
 		}
 	}
-	fmt.Printf("### Starts per second, %d at once (no network, to exit)\n\n| what | median of %d bursts of %d | against dockerd |\n|---|---|---|\n", atOnce, bursts, burst)
+	var text strings.Builder
+	fmt.Fprintf(&text, "### Starts per second, %d at once (no network, to exit)\n\n| what | median of %d bursts of %d | against dockerd |\n|---|---|---|\n", atOnce, bursts, burst)
 	for i, c := range list {
-		fmt.Printf("| %s | %.1f/s | %.1f× |\n", c.name, median(rates[i]), median(rates[i])/median(rates[0]))
+		fmt.Fprintf(&text, "| %s | %.1f/s | %.1f× |\n", c.name, median(rates[i]), median(rates[i])/median(rates[0]))
 	}
-	fmt.Println()
-	return nil
+	fmt.Fprintln(&text)
+	return text.String(), nil
 }
 
 func parallel(count int, args func() []string) error {

@@ -18,38 +18,61 @@ var (
 
 // memory measures what the engines' own processes grow by with idle containers: the proportional
 // set size, so that shared program text counts once. The containers' own processes do not count.
-func (b *bench) memory() error {
+func (b *bench) memory() (string, error) {
 	type engine struct {
 		name     string
 		socket   string
 		programs []string
 	}
 	list := []engine{{"dockerd 20.10 with containerd", b.dockD, dockerPrograms}, {"Berth", b.berthD, berthPrograms}}
-	fmt.Printf("### Memory per idle container, beyond its own process and the kernel's part\n\n| what | before | with %d more | per container |\n|---|---|---|---|\n", idle)
+	var text strings.Builder
+	fmt.Fprintf(&text, "### Memory per idle container, beyond its own process and the kernel's part\n\n| what | before | with %d more | per container |\n|---|---|---|---|\n", idle)
 	for _, e := range list {
+		// What the first containers touch stays: it is not the price of one more.
+		if err := b.sleepers(e.socket, warm); err != nil {
+			return "", err
+		}
+		if err := b.wake(e.socket, warm); err != nil {
+			return "", err
+		}
 		time.Sleep(settle)
 		before, err := proportional(e.programs)
 		if err != nil {
-			return err
+			return "", err
 		}
-		for i := range idle {
-			if _, err := output([]string{"docker", "-H", e.socket, "run", "-d", "--network", "none", "--name", "idle" + strconv.Itoa(i), "busybox", "sleep", "100000"}); err != nil {
-				return err
-			}
+		if err := b.sleepers(e.socket, idle); err != nil {
+			return "", err
 		}
 		time.Sleep(settle)
 		after, err := proportional(e.programs)
 		if err != nil {
-			return err
+			return "", err
 		}
-		fmt.Printf("| %s | %.1f MB | %.1f MB | %.0f KiB |\n", e.name, mb(before), mb(after), float64(after-before)/idle/1024)
-		for i := range idle {
-			if _, err := output([]string{"docker", "-H", e.socket, "rm", "-f", "idle" + strconv.Itoa(i)}); err != nil {
-				return err
-			}
+		fmt.Fprintf(&text, "| %s | %.1f MB | %.1f MB | %.0f KiB |\n", e.name, mb(before), mb(after), float64(after-before)/idle/1024)
+		if err := b.wake(e.socket, idle); err != nil {
+			return "", err
 		}
 	}
-	fmt.Println()
+	fmt.Fprintln(&text)
+	return text.String(), nil
+}
+
+// sleepers starts idle containers, wake removes them.
+func (b *bench) sleepers(socket string, count int) error {
+	for i := range count {
+		if _, err := output([]string{"docker", "-H", socket, "run", "-d", "--network", "none", "--name", "idle" + strconv.Itoa(i), "busybox", "sleep", "100000"}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) wake(socket string, count int) error {
+	for i := range count {
+		if _, err := output([]string{"docker", "-H", socket, "rm", "-f", "idle" + strconv.Itoa(i)}); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -27,6 +27,7 @@ const (
 	rootVar   = "BERTH_E2E_ROOT"
 
 	timeoutVar = "BERTH_E2E_TIMEOUT"
+	limitVar   = "BERTH_E2E_LIMIT" // set by who runs the tests: no script may take longer
 	verboseVar = "BERTH_E2E_VERBOSE"
 
 	roleInit   = "init"
@@ -108,6 +109,9 @@ func isolatedTest(t *testing.T, test string, limit time.Duration, env ...string)
 		removeTree(t, dir)
 	})
 	limit = patience(limit)
+	if most, err := time.ParseDuration(os.Getenv(limitVar)); err == nil && most > 0 {
+		limit = min(limit, most)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), limit+cleanupTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe")

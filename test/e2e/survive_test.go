@@ -29,6 +29,7 @@ const (
 	defaultInstants = 200
 	surviveTimeout  = 15 * time.Minute
 	recovery        = 5 * time.Second        // from a kill to an instance that answers
+	dumpTime        = 2 * time.Second        // for a stack trace
 	maxOffset       = 250 * time.Millisecond // from everything being well to the kill
 	maxSecond       = 80 * time.Millisecond  // from a kill to a second one, of what is coming back
 	secondOdds      = 5                      // one kill in so many is followed by a second
@@ -119,6 +120,7 @@ func TestInsideSurvive(t *testing.T) {
 	s.api = newDockerClient(root.Socket("docker"))
 	defer func() {
 		if t.Failed() {
+			s.tellState()
 			printLogs(root.Arg, 10*maxLogShown)
 		}
 	}()
@@ -172,6 +174,18 @@ func (s *survival) begin() {
 	s.web = startWeb(s.api.gateway(s.T))
 	s.answers(-1)
 	s.before = s.measure()
+}
+
+// tellState logs what a failure is found out from.
+func (s *survival) tellState() {
+	for _, l := range s.lasting {
+		i, err := s.api.inspect(l.name)
+		s.Logf("%s: %v: %+v", l.name, err, i)
+	}
+	for _, p := range s.pending {
+		i, err := s.api.inspect(p.name)
+		s.Logf("%s, to end with %d: %v: %+v", p.name, p.code, err, i)
+	}
 }
 
 // binaries are the directories of the executables and of the image archives.
@@ -285,7 +299,11 @@ func (s *survival) settled(old map[string]int, who []string, again bool) {
 		return s.api.resize("term") // goes through the runner
 	}, func() {
 		for _, pid := range old {
-			_ = unix.Kill(pid, unix.SIGQUIT) // who should be gone tells in its log why it is not
+			// Who should be gone tells in its log why it is not.
+			_ = unix.Kill(pid, unix.SIGQUIT)
+			for end := time.Now().Add(dumpTime); !gone(pid) && time.Now().Before(end); {
+				time.Sleep(pollInterval)
+			}
 		}
 	})
 	now := s.managersNow()

@@ -10,7 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
+	"regexp"
 	"strings"
 )
 
@@ -116,15 +116,29 @@ func payload(ctx context.Context, w *cpio, o options) error {
 		return fmt.Errorf("compile test/e2e: %w", err)
 	}
 	w.copy("payload/e2e/e2e.test", binary.Name(), 0o755)
-	files, err := filepath.Glob("test/e2e/testdata/script/*.txtar")
+	var files []string
+	for _, dir := range []string{"test/guest/testdata/script", "test/e2e/testdata/script"} {
+		found, err := filepath.Glob(filepath.Join(dir, "*.txtar"))
+		if err != nil {
+			return err
+		}
+		files = append(files, found...) // sorted by Glob
+	}
+	chosen, err := regexp.Compile(o.run)
 	if err != nil {
-		return err
+		return fmt.Errorf("-run: %w", err)
 	}
-	slices.Sort(files)
+	var names []string
 	for _, file := range files {
-		w.copy("payload/e2e/testdata/script/"+filepath.Base(file), file, 0o644)
+		if name := strings.TrimSuffix(filepath.Base(file), ".txtar"); chosen.MatchString(name) {
+			w.copy("payload/e2e/testdata/script/"+filepath.Base(file), file, 0o644)
+			names = append(names, name)
+		}
 	}
-	w.file("payload/e2e/run", []byte(fmt.Sprintf("RUN='TestScript/%s'\nSLOW=%d\nLIMIT=%s\n", o.run, slowness, o.limit)), 0o644)
+	if len(names) == 0 {
+		return fmt.Errorf("-run %s: no script has such a name", o.run)
+	}
+	w.file("payload/e2e/run", []byte(fmt.Sprintf("SCRIPTS='%s'\nSLOW=%d\nLIMIT=%s\n", strings.Repeat(strings.Join(names, " ")+" ", o.count), slowness, scriptLimit)), 0o644)
 	w.file("payload/e2e/scripts.sh", []byte(scriptsScript), 0o755)
 	return nil
 }

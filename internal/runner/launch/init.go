@@ -3,6 +3,7 @@ package launch
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"strconv"
 
 	_ "github.com/opencontainers/cgroups/devices" // without it no device rule can be set
@@ -15,7 +16,7 @@ import (
 
 // Init is what the program does first of all when its first argument is "init", as libcontainer
 // executes it inside new containers, or "seccomp", as Programs does to compile a profile. It does
-// not return then.
+// not return then. The main goroutine must call it.
 func Init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
 		useProgram()
@@ -28,6 +29,10 @@ func Init() {
 		}
 		os.Exit(0)
 	}
+	// The main goroutine keeps the main thread. libcontainer has goroutines that end with their
+	// thread, as it is in a container's mount namespace; the main thread cannot end, would hold that
+	// namespace with all its mounts for ever, and is what /proc/self shows.
+	runtime.LockOSThread()
 	logrus.SetLevel(logrus.WarnLevel)
 }
 

@@ -24,46 +24,23 @@ func TestMain(m *testing.M) {
 // package runner with:
 // go test -tags 'runc_nocriu seccomp' -run XXX -bench . ./internal/runner/launch
 func BenchmarkLibcontainer(b *testing.B) {
-	if os.Geteuid() != 0 {
-		b.Skip("needs root: starts containers")
-	}
-	dir := b.TempDir()
-	busybox, err := os.ReadFile("/bin/busybox")
-	if err != nil {
-		b.Skip("needs /bin/busybox, from the package busybox-static")
-	}
-	for _, d := range []string{"bin", "proc", "dev"} {
-		if err := os.MkdirAll(filepath.Join(dir, "rootfs", d), 0o755); err != nil {
-			b.Fatal(err)
+	st := newStage(b)
+	l := launch.Launcher{Dir: filepath.Join(st.dir, "state")}
+	for _, with := range []string{"plain", "seccomp", "program"} {
+		if with == "program" {
+			l.Programs = new(launch.Programs)
 		}
-	}
-	if err := os.WriteFile(filepath.Join(dir, "rootfs/bin/true"), busybox, 0o755); err != nil {
-		b.Fatal(err)
-	}
-	groups, err := cgroup.Detect()
-	if err != nil {
-		b.Fatal(err)
-	}
-	parent := fmt.Sprint("/berth-bench-", os.Getpid())
-	b.Cleanup(func() { _ = groups.Remove(parent) })
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer null.Close()
-	l := launch.Launcher{Dir: filepath.Join(dir, "state")}
-	for _, with := range []string{"plain", "seccomp"} {
 		b.Run(with, func(b *testing.B) {
 			for i := 0; b.Loop(); i++ {
 				id := fmt.Sprint(with, i)
-				spec := benchSpec(b, filepath.Join(dir, "rootfs"), parent+"/"+id, with == "seccomp")
-				pid, err := l.Create(id, spec, launch.Stdio{Stdin: null, Stdout: null, Stderr: null})
+				spec := benchSpec(b, filepath.Join(st.dir, "rootfs"), st.parent+"/"+id, with != "plain")
+				pid, err := l.Create(id, spec, st.stdio())
 				if err != nil {
 					b.Fatal(err)
 				}
 				startAndReap(b, l, id, pid)
 				b.StopTimer()
-				if err := groups.Remove(parent + "/" + id); err != nil {
+				if err := st.groups.Remove(st.parent + "/" + id); err != nil {
 					b.Fatal(err)
 				}
 				if err := l.Remove(id); err != nil {
@@ -73,6 +50,49 @@ func BenchmarkLibcontainer(b *testing.B) {
 			}
 		})
 	}
+}
+
+// stage is what containers of a test need.
+type stage struct {
+	dir    string // with rootfs
+	groups cgroup.Systems
+	parent string // control group
+	null   *os.File
+}
+
+func newStage(t testing.TB) *stage {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: starts containers")
+	}
+	busybox, err := os.ReadFile("/bin/busybox")
+	if err != nil {
+		t.Skip("needs /bin/busybox, from the package busybox-static")
+	}
+	s := &stage{dir: t.TempDir(), parent: fmt.Sprint("/berth-launch-", os.Getpid())}
+	for _, d := range []string{"bin", "proc", "dev"} {
+		if err := os.MkdirAll(filepath.Join(s.dir, "rootfs", d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"true", "sh"} {
+		if err := os.WriteFile(filepath.Join(s.dir, "rootfs/bin", name), busybox, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.groups, err = cgroup.Detect(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.groups.Remove(s.parent) })
+	if s.null, err = os.OpenFile(os.DevNull, os.O_RDWR, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = s.null.Close() })
+	return s
+}
+
+func (s *stage) stdio() launch.Stdio {
+	return launch.Stdio{Stdin: s.null, Stdout: s.null, Stderr: s.null}
 }
 
 func startAndReap(b *testing.B, l launch.Launcher, id string, pid int) {
@@ -97,7 +117,7 @@ func startAndReap(b *testing.B, l launch.Launcher, id string, pid int) {
 	b.StartTimer()
 }
 
-func benchSpec(b *testing.B, rootfs, group string, filtered bool) *specs.Spec {
+func benchSpec(b testing.TB, rootfs, group string, filtered bool) *specs.Spec {
 	b.Helper()
 	spec := &specs.Spec{
 		Version:  specs.Version,

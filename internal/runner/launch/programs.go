@@ -98,12 +98,17 @@ func compile(config []byte) (*os.File, error) {
 	if out.Len() == 0 || out.Len() > maxProgram {
 		return nil, errCompile
 	}
+	return sealed(out.Bytes())
+}
+
+// sealed returns a file in memory that nobody can change.
+func sealed(content []byte) (*os.File, error) {
 	fd, err := unix.MemfdCreate("berth-seccomp", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return nil, os.NewSyscallError("memfd_create", err)
 	}
 	file := os.NewFile(uintptr(fd), "berth-seccomp")
-	if _, err := file.Write(out.Bytes()); err != nil {
+	if _, err := file.Write(content); err != nil {
 		file.Close()
 		return nil, err
 	}

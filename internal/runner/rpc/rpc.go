@@ -103,6 +103,20 @@ func NewConn(socket *net.UnixConn) *Conn {
 // Close ends the connection; a waiting Recv returns.
 func (c *Conn) Close() error { return c.socket.Close() }
 
+// PeerGone tells whether the other side has closed, even if not all it sent is received yet.
+func (c *Conn) PeerGone() bool {
+	gone := true
+	raw, err := c.socket.SyscallConn()
+	if err == nil {
+		_ = raw.Control(func(fd uintptr) {
+			poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+			n, err := unix.Poll(poll, 0)
+			gone = err == nil && n > 0 && poll[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+		})
+	}
+	return gone
+}
+
 // Send sends one message.
 func (c *Conn) Send(m *Message) error {
 	raw, err := json.Marshal(m)

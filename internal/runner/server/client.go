@@ -140,7 +140,7 @@ func (c *client) begin(m *rpc.Message) {
 			<-place
 			s.work.Done()
 		}()
-		result, fds, err := s.handle(m)
+		result, fds, err := s.handle(c, m)
 		c.answer(m.Seq, result, fds, err)
 		closeAll(fds)
 	}()
@@ -206,22 +206,31 @@ func errNoProcess(id string) error {
 	return errdefs.New(errdefs.ErrNotFound, "process %s does not exist", id)
 }
 
+// stillThere refuses to begin what a client that is gone asked for: whoever comes after it asks
+// what there is, and must not be surprised by more.
+func (c *client) stillThere() error {
+	if c.conn.PeerGone() {
+		return errdefs.New(errdefs.ErrUnavailable, "berth-runner: whoever asked for the start is gone")
+	}
+	return nil
+}
+
 // handle does one request.
-func (s *Server) handle(m *rpc.Message) (result any, fds []int, err error) {
+func (s *Server) handle(c *client, m *rpc.Message) (result any, fds []int, err error) {
 	switch m.Op {
 	case rpc.OpCreate:
 		var r runner.CreateRequest
 		if err := m.Decode(&r); err != nil {
 			return nil, nil, err
 		}
-		result, err = s.create(r)
+		result, err = s.create(c, r)
 		return result, nil, err
 	case rpc.OpExec:
 		var r runner.ExecRequest
 		if err := m.Decode(&r); err != nil {
 			return nil, nil, err
 		}
-		result, err = s.exec(r)
+		result, err = s.exec(c, r)
 		return result, nil, err
 	case rpc.OpKill:
 		var r runner.KillRequest

@@ -16,7 +16,7 @@ import (
 )
 
 // create makes a container, or leaves nothing of it.
-func (s *Server) create(r runner.CreateRequest) (_ runner.Process, err error) {
+func (s *Server) create(c *client, r runner.CreateRequest) (_ runner.Process, err error) {
 	if err := checkIO(r.ID, r.IO); err != nil {
 		return runner.Process{}, err
 	}
@@ -26,7 +26,12 @@ func (s *Server) create(r runner.CreateRequest) (_ runner.Process, err error) {
 	}
 	s.starts <- struct{}{}
 	defer func() { <-s.starts }()
+	if err := c.stillThere(); err != nil {
+		return runner.Process{}, err
+	}
 	p := newProc(s.newRecord(r.ID, r.ID, r.IO))
+	p.made = make(chan struct{})
+	defer close(p.made)
 	p.Terminal, p.Group = spec.Process.Terminal, spec.Linux.CgroupsPath
 	if err := s.reserve(p); err != nil {
 		return runner.Process{}, err
@@ -60,7 +65,7 @@ func (s *Server) create(r runner.CreateRequest) (_ runner.Process, err error) {
 }
 
 // exec starts one more process in a running container.
-func (s *Server) exec(r runner.ExecRequest) (_ runner.Process, err error) {
+func (s *Server) exec(c *client, r runner.ExecRequest) (_ runner.Process, err error) {
 	if err := checkIO(r.ID, r.IO); err != nil {
 		return runner.Process{}, err
 	}
@@ -69,6 +74,9 @@ func (s *Server) exec(r runner.ExecRequest) (_ runner.Process, err error) {
 	}
 	s.starts <- struct{}{}
 	defer func() { <-s.starts }()
+	if err := c.stillThere(); err != nil {
+		return runner.Process{}, err
+	}
 	first, err := s.lock(r.Container)
 	if err != nil {
 		return runner.Process{}, err
@@ -78,6 +86,8 @@ func (s *Server) exec(r runner.ExecRequest) (_ runner.Process, err error) {
 		return runner.Process{}, err
 	}
 	p := newProc(s.newRecord(r.ID, r.Container, r.IO))
+	p.made = make(chan struct{})
+	defer close(p.made)
 	p.Terminal, p.Group = r.Process.Terminal, first.Group
 	p.OOMKills = s.groups.OOMKills(p.Group)
 	if err := s.reserve(p); err != nil {

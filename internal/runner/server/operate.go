@@ -174,7 +174,20 @@ func (s *Server) updateLimits(r runner.UpdateRequest) error {
 	return s.launcher.Update(r.ID, r.Resources)
 }
 
+// list waits for what is being made: a client that comes in the place of one that died must not
+// take it for what nobody has begun.
 func (s *Server) list() []runner.Status {
+	s.mu.Lock()
+	var begun []chan struct{}
+	for _, p := range s.procs {
+		if p.made != nil {
+			begun = append(begun, p.made)
+		}
+	}
+	s.mu.Unlock()
+	for _, made := range begun {
+		<-made
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make([]runner.Status, 0, len(s.procs))

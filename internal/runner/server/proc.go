@@ -28,6 +28,7 @@ type proc struct {
 	ended    bool // record.Exit is set
 	waiters  []waitFor
 	cleaned  chan struct{} // closed when the holder has let go of an ended process
+	made     chan struct{} // closed when its creation succeeded or failed; nil: it is adopted
 
 	// op has room for one: the operation that changes the container (its first process's is used).
 	op chan struct{}

@@ -54,11 +54,10 @@ func (s *Server) openStdio(p *proc) (_ *stdio, err error) {
 	if p.Terminal {
 		return e, e.openConsole(p)
 	}
-	null, err := e.add(os.OpenFile(os.DevNull, os.O_RDWR, 0))
-	if err != nil {
+	if e.Stdin, e.Stdout, err = s.nullStreams(e, p); err != nil {
 		return nil, err
 	}
-	e.Stdin, e.Stdout, e.Stderr = null, null, null
+	e.Stderr = e.Stdout
 	dir := s.fifos(p.ID)
 	if p.Spool != "" || p.Stdin {
 		if err := os.RemoveAll(dir); err != nil {
