@@ -102,14 +102,14 @@ func TestRestartThatFails(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		id := r.started("web", restartPolicy("always", 0), publishing(80))
 		r.networks.set(func(f *fakeNetworks) { f.refuseAttach = errdefs.New(errdefs.ErrExhausted, "no address left") })
-		r.images.refuse = errdefs.New(errdefs.ErrExhausted, "disk full")
+		r.images.refuseWith(errdefs.New(errdefs.ErrExhausted, "disk full"))
 		r.exit(id, 1)
 		time.Sleep(250 * time.Millisecond)
 		synctest.Wait()
 		if s := r.state(id); s.Status != engine.StatusRestarting || s.Error == "" {
 			t.Errorf("state %+v", s)
 		}
-		r.images.refuse = nil
+		r.images.refuseWith(nil)
 		r.networks.set(func(f *fakeNetworks) { f.refuseAttach = nil })
 		time.Sleep(time.Second)
 		synctest.Wait()

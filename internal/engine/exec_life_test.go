@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -180,10 +181,10 @@ func (r *rig) onExec(f func(id string)) {
 
 func TestHealth(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
-		code := 0
+		var code atomic.Int32
 		r.onExec(func(x string) {
-			if code >= 0 {
-				r.node.exit(x, code)
+			if n := int(code.Load()); n >= 0 {
+				r.node.exit(x, n)
 			}
 		})
 		id := r.started("web", func(c *engine.ContainerConfig, _ *engine.SandboxConfig) {
@@ -199,15 +200,15 @@ func TestHealth(t *testing.T) {
 		health(engine.HealthStarting)
 		time.Sleep(11 * time.Second)
 		health(engine.HealthHealthy)
-		code = 1
+		code.Store(1)
 		time.Sleep(10 * time.Second)
 		health(engine.HealthHealthy)
 		time.Sleep(10 * time.Second)
 		health(engine.HealthUnhealthy)
-		code = 0
+		code.Store(0)
 		time.Sleep(10 * time.Second)
 		health(engine.HealthHealthy)
-		code = -1
+		code.Store(-1)
 		time.Sleep(30 * time.Second)
 		health(engine.HealthUnhealthy)
 		if l := r.state(id).Health.Log; !strings.Contains(l[len(l)-1].Output, "exceeded timeout (2s)") {
@@ -221,7 +222,7 @@ func TestHealth(t *testing.T) {
 			t.Error("a paused container was probed")
 		}
 		must(t, r.e.UnpauseContainer(bg, id))
-		code = 0
+		code.Store(0)
 		r.reopen()
 		time.Sleep(11 * time.Second)
 		health(engine.HealthHealthy)

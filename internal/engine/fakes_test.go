@@ -106,6 +106,7 @@ type node struct {
 	// afterCreate runs once the process exists and before the answer is sent.
 	afterCreate func(c *conn, id string)
 	onPause     func() error
+	keepDeleted bool // Delete is not heard
 	answered    bool // the answer to Create arrives whatever happens then
 	creates     int
 }
@@ -435,7 +436,7 @@ func (c *conn) Delete(_ context.Context, id string) error {
 	}
 	defer c.n.mu.Unlock()
 	p := c.n.procs[id]
-	if p == nil {
+	if p == nil || c.n.keepDeleted {
 		return nil
 	}
 	c.n.exitLocked(p, runner.Exit{Known: true, Code: 137, Signal: 9})
@@ -469,6 +470,13 @@ func (f *fakeImages) RootFS(context.Context, digest.Digest) ([]string, error) {
 	return []string{f.layer}, f.refuse
 }
 
+// refuseWith sets the error of RootFS.
+func (f *fakeImages) refuseWith(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.refuse = err
+}
+
 func (f *fakeImages) Release(_ context.Context, id digest.Digest) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -488,7 +496,7 @@ type fakeNetworks struct {
 	live      map[string]bool // of the last Restore
 	torn      int             // Teardowns
 	// Errors of the steps.
-	refuseSpaces, refuseAttach, refusePublish error
+	refuseSpaces, refuseAttach, refusePublish, refuseTeardown error
 }
 
 func newFakeNetworks(root state.Root) *fakeNetworks {
@@ -623,7 +631,7 @@ func (f *fakeNetworks) Teardown(context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.torn++
-	return nil
+	return f.refuseTeardown
 }
 
 // reboot loses the namespaces.

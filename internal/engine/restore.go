@@ -50,6 +50,9 @@ func (e *Engine) restore(ctx context.Context, list []runner.Status) error {
 					e.log.Warn("sandbox of another time not cleaned", "sandbox", id, "error", err)
 				}
 			}
+			if err := e.dropAbandoned(ctx, b); err != nil {
+				e.log.Warn("sandbox without a container not removed", "sandbox", id, "error", err)
+			}
 			continue
 		}
 		if e.usesResolver(b.State.Endpoints) {
@@ -59,6 +62,15 @@ func (e *Engine) restore(ctx context.Context, list []runner.Status) error {
 		}
 	}
 	return e.removeStrays(list)
+}
+
+// dropAbandoned removes a sandbox that was made for a container when there is none: a creation or
+// removal was cut. Only docker's containers bring theirs along; others are pods of their own.
+func (e *Engine) dropAbandoned(ctx context.Context, b *sandbox) error {
+	if !b.Config.Private && b.Config.Owner != OwnerDocker || len(e.inSandbox(b.Config.ID)) > 0 {
+		return nil
+	}
+	return e.dropSandbox(ctx, b)
 }
 
 func (e *Engine) namespacesExist(id string) bool {
@@ -205,6 +217,9 @@ func (e *Engine) adopt(c *container, st runner.Status) {
 		status = StatusPaused
 	}
 	changed := c.State.Status != status || c.State.PID != st.PID
+	if !c.running() { // its start was not recorded
+		c.State.StoppedByUser, c.State.Error, c.State.NextRestart = false, "", time.Time{}
+	}
 	c.countRestart()
 	c.State.Status, c.State.PID = status, st.PID
 	if c.exited == nil {
@@ -339,6 +354,9 @@ func (e *Engine) Drain(ctx context.Context) error {
 			}
 			c, err := e.find(v.Config.ID)
 			if err == nil {
+				err = e.settle(ctx, c)
+			}
+			if err == nil {
 				err = e.stop(ctx, c, limit, "", "stop")
 			}
 			if errorIs(err, errdefs.ErrNotModified) || errorIs(err, errdefs.ErrNotFound) {
@@ -364,6 +382,23 @@ func (e *Engine) Drain(ctx context.Context) error {
 		return first
 	}
 	return errors.Join(e.Volumes.Teardown(), e.Networks.Teardown(ctx))
+}
+
+// settle waits for the operation under way on a container, such as its start.
+func (e *Engine) settle(ctx context.Context, c *container) error {
+	if err := c.op.lock(ctx); err != nil {
+		return err
+	}
+	c.op.unlock()
+	return nil
+}
+
+// goingDown is what is answered to those who would start something meanwhile.
+func (e *Engine) goingDown() error {
+	if !e.draining.Load() {
+		return nil
+	}
+	return errdefs.New(errdefs.ErrUnavailable, "the instance is going down; start it again once it is back")
 }
 
 // Undrain takes Drain back when going down failed and the instance stays.

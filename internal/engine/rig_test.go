@@ -23,10 +23,19 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+// tester is what the rig needs of a test, or of a property's case.
+type tester interface {
+	Helper()
+	Error(args ...any)
+	Errorf(format string, args ...any)
+	Fatal(args ...any)
+	Fatalf(format string, args ...any)
+}
+
 // rig is an engine with fakes around it, in a bubble of fake time: synctest.Wait is the moment
 // when everything that can happen has happened.
 type rig struct {
-	t         testing.TB
+	t         tester
 	dir       string
 	root      state.Root
 	store     *memStore
@@ -61,7 +70,7 @@ func needRoot(t *testing.T) {
 	}
 }
 
-func newRig(t testing.TB) *rig {
+func newRig(t tester) *rig {
 	dir, err := os.MkdirTemp("", "engine")
 	if err != nil {
 		t.Fatal(err)
@@ -78,7 +87,7 @@ func newRig(t testing.TB) *rig {
 		resolvers: &fakeResolvers{served: map[string]string{}}, hub: event.NewHub(), began: time.Now()}
 }
 
-func must(t testing.TB, err error) {
+func must(t tester, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -135,13 +144,16 @@ func (r *rig) reopen() {
 }
 
 // reboot is a restart of the machine: processes, namespaces and the run directory are gone.
-func (r *rig) reboot() {
+func (r *rig) reboot(before ...func()) {
 	r.t.Helper()
 	r.stop()
 	r.node.loseAll()
 	must(r.t, r.networks.reboot())
 	r.unmount()
 	must(r.t, os.RemoveAll(r.root.Run))
+	for _, f := range before {
+		f()
+	}
 	r.open()
 }
 
@@ -272,7 +284,7 @@ func (r *rig) gone(id string) {
 }
 
 // wantKind fails unless err is of the kind.
-func wantKind(t testing.TB, err, kind error) {
+func wantKind(t tester, err, kind error) {
 	t.Helper()
 	if !errors.Is(err, kind) {
 		t.Fatalf("got error %v, want one of kind %q", err, kind)

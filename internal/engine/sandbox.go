@@ -73,6 +73,10 @@ func (e *Engine) CreateSandbox(_ context.Context, cfg SandboxConfig) (Sandbox, e
 		e.mu.Unlock()
 		return Sandbox{}, errdefs.New(errdefs.ErrConflict, "the sandbox name %q is already in use by sandbox %q", cfg.Name, id)
 	}
+	if e.sandboxes[cfg.ID] != nil {
+		e.mu.Unlock()
+		return Sandbox{}, errdefs.New(errdefs.ErrExists, "sandbox %s already exists", cfg.ID)
+	}
 	e.boxNames[cfg.Name] = cfg.ID
 	e.sandboxes[cfg.ID] = b
 	e.mu.Unlock()
@@ -101,7 +105,9 @@ func checkCgroupParent(parent string) error {
 func (e *Engine) forgetSandbox(b *sandbox) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.boxNames, b.Config.Name)
+	if e.boxNames[b.Config.Name] == b.Config.ID {
+		delete(e.boxNames, b.Config.Name)
+	}
 	delete(e.sandboxes, b.Config.ID)
 }
 
@@ -140,6 +146,9 @@ func (e *Engine) StartSandbox(ctx context.Context, ref string) error {
 		return err
 	}
 	defer b.op.unlock()
+	if err := e.goingDown(); err != nil {
+		return err
+	}
 	return e.readyLocked(ctx, b)
 }
 

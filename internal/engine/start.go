@@ -30,6 +30,9 @@ func (e *Engine) StartContainer(ctx context.Context, ref string) error {
 		return err
 	}
 	defer c.op.unlock()
+	if err := e.goingDown(); err != nil {
+		return err
+	}
 	c.mu.Lock()
 	status, name := c.State.Status, c.Config.Name
 	if c.ending > 0 && status != StatusRunning {

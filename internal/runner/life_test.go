@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -58,19 +59,62 @@ func TestRunToExit(t *testing.T) {
 func TestEvents(t *testing.T) {
 	n := newNode(t)
 	c := n.dial()
-	n.create(c, n.sh("a", "echo hello; exit 3"))
+	p := n.create(c, n.sh("a", "echo hello; exit 3"))
 	output := false
 	for e := range c.Events() {
 		if e.Kind == runner.EventOutput {
 			output = true
 			continue
 		}
-		if e.ID != "a" || e.Exit.Code != 3 || !output {
+		if e.ID != "a" || e.PID != p.PID || e.Exit.Code != 3 || !output {
 			t.Errorf("event %+v, output told: %v", e, output)
 		}
 		return
 	}
 	t.Error("events ended")
+}
+
+// A client that comes after one which died in a start must see what becomes of that: nothing, or
+// a container that runs, in the first list already.
+func TestStartOfOneThatLeft(t *testing.T) {
+	n := newNode(t)
+	second := n.dial()
+	for i := range 20 {
+		id := fmt.Sprint("left", i)
+		first := n.dial()
+		request := n.sh(id, "sleep 1000")
+		asked := make(chan error, 1)
+		go func() {
+			_, err := first.Create(n.ctx(), request)
+			asked <- err
+		}()
+		<-time.After(time.Duration(i) * time.Millisecond)
+		_ = first.Close()
+		at, err := n.state(second, id)
+		if err != nil || at != "" && at != runner.Running {
+			t.Errorf("%s: first seen as %q, %v", id, at, err)
+		}
+		<-asked
+		<-time.After(10 * time.Millisecond) // it must not come later
+		if later, err := n.state(second, id); err != nil || later != at {
+			t.Errorf("%s: first seen as %q, then as %q, %v", id, at, later, err)
+		}
+		if err := second.Delete(n.ctx(), id); err != nil && !errors.Is(err, errdefs.ErrNotFound) {
+			t.Error(err)
+		}
+		n.wantNoTraces(id)
+	}
+}
+
+// state is what the runner lists a process as; "" when it does not.
+func (n *node) state(c *runner.Client, id string) (runner.State, error) {
+	list, err := c.List(n.ctx())
+	for _, st := range list {
+		if st.ID == id {
+			return st.State, err
+		}
+	}
+	return "", err
 }
 
 func TestProgramsThatCannotStart(t *testing.T) {

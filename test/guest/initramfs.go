@@ -138,7 +138,7 @@ func payload(ctx context.Context, w *cpio, o options) error {
 	if len(names) == 0 {
 		return fmt.Errorf("-run %s: no script has such a name", o.run)
 	}
-	w.file("payload/e2e/run", []byte(fmt.Sprintf("SCRIPTS='%s'\nSLOW=%d\nLIMIT=%s\n", strings.Repeat(strings.Join(names, " ")+" ", o.count), slowness, scriptLimit)), 0o644)
+	w.file("payload/e2e/run", []byte(fmt.Sprintf("VERBOSE=%t\nSCRIPTS='%s'\nSLOW=%d\nLIMIT=%s\n", o.verbose, strings.Repeat(strings.Join(names, " ")+" ", o.count), slowness, scriptLimit)), 0o644)
 	w.file("payload/e2e/scripts.sh", []byte(scriptsScript), 0o755)
 	return nil
 }

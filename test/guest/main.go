@@ -44,13 +44,14 @@ const (
 )
 
 type options struct {
-	bin    string
-	run    string
-	count  int
-	hello  bool
-	memory int // MiB
-	cpus   int
-	limit  time.Duration
+	bin     string
+	run     string
+	count   int
+	verbose bool
+	hello   bool
+	memory  int // MiB
+	cpus    int
+	limit   time.Duration
 }
 
 func main() {
@@ -59,6 +60,7 @@ func main() {
 	flag.StringVar(&o.bin, "bin", "bin", "directory of the executables")
 	flag.StringVar(&o.run, "run", "", "regular expression of script names (default: a chosen set)")
 	flag.IntVar(&o.count, "count", 1, "how often to run every script")
+	flag.BoolVar(&o.verbose, "v", false, "show what every command of a script prints")
 	flag.BoolVar(&o.hello, "hello", false, "boot, check the kernel, run no script")
 	flag.IntVar(&o.memory, "m", 2048, "memory of the guest in MiB")
 	flag.IntVar(&o.cpus, "smp", 2, "processors of the guest")

@@ -6,7 +6,8 @@ cd /e2e
 status=0
 for name in $SCRIPTS; do
 	begun=$(date +%s)
-	if ./e2e.test -test.count=1 -test.run="^TestScript$/^$name$" >/tmp/out 2>&1; then
+	if ./e2e.test -test.v=$VERBOSE -test.count=1 -test.run="^TestScript$/^$name$" >/tmp/out 2>&1; then
+		[ $VERBOSE = false ] || cat /tmp/out
 		echo "script PASS: $name ($(($(date +%s) - begun)) s)"
 	else
 		cat /tmp/out

@@ -26,9 +26,6 @@ func (s *Server) create(c *client, r runner.CreateRequest) (_ runner.Process, er
 	}
 	s.starts <- struct{}{}
 	defer func() { <-s.starts }()
-	if err := c.stillThere(); err != nil {
-		return runner.Process{}, err
-	}
 	p := newProc(s.newRecord(r.ID, r.ID, r.IO))
 	p.made = make(chan struct{})
 	defer close(p.made)
@@ -42,6 +39,9 @@ func (s *Server) create(c *client, r runner.CreateRequest) (_ runner.Process, er
 			s.abort(p)
 		}
 	}()
+	if err := c.stillThere(); err != nil { // asked now that a list shows p: no moment is between
+		return runner.Process{}, err
+	}
 	// The record comes first: whatever we leave half made when killed, it leads to.
 	if err := s.save(p.record); err != nil {
 		return runner.Process{}, err
@@ -74,9 +74,6 @@ func (s *Server) exec(c *client, r runner.ExecRequest) (_ runner.Process, err er
 	}
 	s.starts <- struct{}{}
 	defer func() { <-s.starts }()
-	if err := c.stillThere(); err != nil {
-		return runner.Process{}, err
-	}
 	first, err := s.lock(r.Container)
 	if err != nil {
 		return runner.Process{}, err
@@ -102,6 +99,9 @@ func (s *Server) exec(c *client, r runner.ExecRequest) (_ runner.Process, err er
 			}
 		}
 	}()
+	if err := c.stillThere(); err != nil {
+		return runner.Process{}, err
+	}
 	if err := s.save(p.record); err != nil {
 		return runner.Process{}, err
 	}
