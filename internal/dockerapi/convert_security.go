@@ -63,7 +63,7 @@ func applySecurityOption(sec *engine.Security, opt string) error {
 		switch value {
 		case "unconfined":
 			sec.AppArmor = value
-		case "", "docker-default":
+		case "":
 		default:
 			return unsupported("HostConfig.SecurityOpt apparmor=%s is not supported by Berth; it has unconfined", value)
 		}

@@ -75,6 +75,25 @@ func TestOnFailure(t *testing.T) {
 	})
 }
 
+// A back-off that a start by hand made void must not shorten the next one.
+func TestVoidBackOff(t *testing.T) {
+	bubble(t, func(t *testing.T, r *rig) {
+		id := r.started("web", restartPolicy("always", 0))
+		r.exit(id, 1)
+		time.Sleep(60 * time.Millisecond)
+		must(t, r.e.StartContainer(bg, id))
+		r.exit(id, 1)
+		time.Sleep(60 * time.Millisecond)
+		synctest.Wait()
+		r.is(id, engine.StatusRestarting)
+		time.Sleep(60 * time.Millisecond)
+		synctest.Wait()
+		r.is(id, engine.StatusRunning)
+		r.remove(id)
+		r.empty()
+	})
+}
+
 func TestKillAgainstPolicy(t *testing.T) {
 	bubble(t, func(t *testing.T, r *rig) {
 		id := r.started("web", restartPolicy("always", 0))
