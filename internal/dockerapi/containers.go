@@ -175,11 +175,7 @@ func (s *Server) waitContainer(w http.ResponseWriter, r *request) error {
 	_ = http.NewResponseController(w).Flush() // the next write tells
 	select {
 	case result := <-results:
-		out := containertypes.WaitResponse{StatusCode: int64(result.ExitCode)}
-		if result.Err != nil {
-			out.Error = &containertypes.WaitExitError{Message: result.Err.Error()}
-		}
-		return json.NewEncoder(w).Encode(out)
+		return json.NewEncoder(w).Encode(containertypes.WaitResponse{StatusCode: int64(result.ExitCode)})
 	case <-ctx.Done():
 		return ctx.Err()
 	}

@@ -113,11 +113,8 @@ const (
 	WaitRemoved    WaitCondition = "removed"
 )
 
-// WaitResult is how it ended. Err is set when the wait itself failed or the container could not start.
-type WaitResult struct {
-	ExitCode int
-	Err      error
-}
+// WaitResult is how it ended; a container that could not start has the exit code for that.
+type WaitResult struct{ ExitCode int }
 
 // AttachOptions choose streams.
 type AttachOptions struct {

@@ -43,6 +43,15 @@ func (e *Engine) restore(ctx context.Context, list []runner.Status) error {
 	if err := e.Networks.Restore(ctx, live); err != nil {
 		return err
 	}
+	// The last daemon may have died between recording an exit and cleaning up behind it.
+	for id := range e.containers {
+		if alive[id] {
+			continue
+		}
+		if err := e.unmountRootfs(id); err != nil {
+			e.log.Warn("container's files stay mounted", "error", err)
+		}
+	}
 	for id, b := range e.sandboxes {
 		if !live[id] {
 			if b.State.Ready {
@@ -148,9 +157,7 @@ func (e *Engine) reconcile(list []runner.Status, before []Container, first bool)
 	}
 	boot := first && e.rebooted()
 	if first {
-		if err := os.WriteFile(filepath.Join(e.Root.Run, bootMarker), nil, 0o600); err != nil {
-			e.log.Warn("boot marker not written", "error", err)
-		}
+		e.markUp()
 	}
 	slots := make(chan struct{}, parallelRestores)
 	var adopting sync.WaitGroup
@@ -401,5 +408,15 @@ func (e *Engine) goingDown() error {
 	return errdefs.New(errdefs.ErrUnavailable, "the instance is going down; start it again once it is back")
 }
 
-// Undrain takes Drain back when going down failed and the instance stays.
-func (e *Engine) Undrain() { e.draining.Store(false) }
+// Undrain takes Drain back when going down failed and the instance stays: the next daemon is then
+// not the first after a reboot.
+func (e *Engine) Undrain() {
+	e.draining.Store(false)
+	e.markUp()
+}
+
+func (e *Engine) markUp() {
+	if err := os.WriteFile(filepath.Join(e.Root.Run, bootMarker), nil, 0o600); err != nil {
+		e.log.Warn("boot marker not written", "error", err)
+	}
+}

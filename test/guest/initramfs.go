@@ -86,10 +86,17 @@ func payload(ctx context.Context, w *cpio, o options) error {
 	if err != nil {
 		return errors.New("no docker client: run hack/tools.sh and add its PATH")
 	}
-	if err := static(docker); err != nil {
-		return err
-	}
 	w.copy("payload/bin/docker", docker, 0o755)
+	made := map[string]bool{}
+	for _, library := range libraries(ctx, docker) {
+		for i, c := range library {
+			if dir := library[:i]; c == '/' && i > 0 && !made[dir] {
+				made[dir] = true
+				w.dir("payload" + dir)
+			}
+		}
+		w.copy("payload"+library, library, 0o755)
+	}
 
 	cache := os.Getenv("BERTH_CACHE")
 	if cache == "" {
@@ -143,13 +150,20 @@ func payload(ctx context.Context, w *cpio, o options) error {
 	return nil
 }
 
-// static tells whether an executable runs without libraries, which the guest has not.
-func static(file string) error {
-	out, err := exec.Command("ldd", file).CombinedOutput()
-	if err == nil && strings.Contains(string(out), "=>") {
-		return fmt.Errorf("%s needs shared libraries, which the guest has not", file)
+// libraries lists the shared libraries that an executable needs, its loader too; a static one,
+// of which ldd says so with an error, needs none.
+func libraries(ctx context.Context, file string) []string {
+	out, err := exec.CommandContext(ctx, "ldd", file).Output()
+	if err != nil {
+		return nil
 	}
-	return nil
+	var list []string
+	for _, word := range strings.Fields(string(out)) {
+		if strings.HasPrefix(word, "/") {
+			list = append(list, word)
+		}
+	}
+	return list
 }
 
 func debianBusybox(ctx context.Context) (string, error) {
