@@ -239,6 +239,12 @@ func (d *daemon) serveAPIs(ctx context.Context) error {
 	return first
 }
 
+// dockersSocket is where docker clients look by default.
+const dockersSocket = "/var/run/docker.sock"
+
+// listenKey is the name under which the holder keeps a listening socket.
+func listenKey(path string) string { return "listen" + path }
+
 type listener struct {
 	net.Listener
 	cri bool
@@ -250,8 +256,15 @@ func (d *daemon) listenAll() ([]listener, error) {
 	paths := []string{d.root.Socket("docker")}
 	if d.flags.dockerSocket != "" {
 		paths = append(paths, d.flags.dockerSocket)
-	} else if d.root.Default() && !answered("/var/run/docker.sock") {
-		paths = append(paths, "/var/run/docker.sock")
+	} else if d.root.Default() {
+		// The holder's copy of our own socket takes connections, too: ask it first whose it is.
+		ours, err := d.holder.List(listenKey(dockersSocket))
+		if err != nil {
+			return nil, err
+		}
+		if len(ours) > 0 || !answered(dockersSocket) {
+			paths = append(paths, dockersSocket)
+		}
 	}
 	var out []listener
 	for _, p := range paths {
@@ -266,7 +279,7 @@ func (d *daemon) listenAll() ([]listener, error) {
 }
 
 func (d *daemon) listen(path string) (net.Listener, error) {
-	key := "listen" + path
+	key := listenKey(path)
 	fds, err := d.sockets.Take(key)
 	if err != nil {
 		return nil, err
